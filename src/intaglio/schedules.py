@@ -1,0 +1,57 @@
+"""How a budget is granted over a run: a schedule is `step -> share of the budget`, an exact fraction in [0, 1].
+
+Fractions, not floats, so that `granted` (a floor) never misses an entry through rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+__all__ = ["Schedule", "constant", "cubic", "granted", "linear"]
+
+Schedule = Callable[[int], Fraction]
+
+
+def constant() -> Schedule:
+    """Everything from the first step on."""
+    return lambda step: Fraction(1)
+
+
+def linear(steps: int, until: float = 1.0) -> Schedule:
+    """Grow evenly and reach all of the budget after `until × steps` steps: t / (until · steps), at most 1.
+
+    >>> [granted(linear(4), 10, step) for step in range(6)]
+    [0, 2, 5, 7, 10, 10]
+
+    Args:
+        steps: length of the run in optimizer steps, ≥ 1.
+        until: fraction of the run by which all is granted, (0, 1]; default 1.0.
+
+    Raises:
+        ValueError: outside those ranges.
+    """
+    end = _end(steps, until)
+    return lambda step: min(Fraction(max(step, 0)) / end, Fraction(1))
+
+
+def cubic(steps: int, until: float = 1.0) -> Schedule:
+    """Grow fast, then ever slower: 1 − (1 − t / (until · steps))³, the cubic ramp of gradual pruning turned round.
+
+    Args and errors as `linear`.
+    """
+    ramp = linear(steps, until)
+    return lambda step: 1 - (1 - ramp(step)) ** 3
+
+
+def granted(schedule: Schedule, budget: int, step: int) -> int:
+    """Entries granted in all after `step` updates: floor(budget × share), exact."""
+    return int(budget * schedule(step))
+
+
+def _end(steps: int, until: float) -> Fraction:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: give the number of optimizer steps, a whole number of at least 1")
+    if not 0 < until <= 1:
+        raise ValueError(f"until={until!r}: give the fraction of the run, above 0 and at most 1")
+    return steps * Fraction(str(until))

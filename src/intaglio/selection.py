@@ -1,0 +1,349 @@
+"""What may change: a selection maps parameter names to entries, and an absent name is frozen.
+
+Methods answer with a `Selection`; everything else (training, saving, merging, plotting) reads it and never asks which
+method gave it. All index tensors are int64, sorted and unique; every class here is immutable.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+__all__ = ["Elements", "Entries", "Selection", "Slices", "Whole", "check_index", "resolve_budget", "top_k"]
+
+
+class Entries(ABC):
+    """The chosen entries of one parameter of a known shape."""
+
+    kind: ClassVar[str]
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Number of chosen entries."""
+
+    @property
+    @abstractmethod
+    def values_shape(self) -> tuple[int, ...]:
+        """Shape of the compact values that `gather` returns."""
+
+    @abstractmethod
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Copy the chosen entries of `tensor` (shape `self.shape`) into a new compact tensor."""
+
+    @abstractmethod
+    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
+        """Write compact `values` into the chosen entries of `tensor` in place, cast to its dtype."""
+
+    @abstractmethod
+    def flat(self) -> Tensor:
+        """Sorted offsets of the chosen entries in the flattened parameter, int64 `[count]`."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Entries:
+        """The same entries with their index on `device`."""
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of the whole parameter."""
+        return math.prod(self.shape)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Whole(Entries):
+    """Every entry of a parameter."""
+
+    shape: tuple[int, ...]
+    kind: ClassVar[str] = "whole"
+
+    @property
+    def count(self) -> int:
+        return self.numel
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+    @torch.no_grad()
+    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
+        tensor.copy_(values)
+
+    def flat(self) -> Tensor:
+        return torch.arange(self.numel)
+
+    def to(self, device: torch.device) -> Whole:
+        return self
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Slices(Entries):
+    """Whole hyperplanes of a parameter: rows, columns, or any index along one dimension.
+
+    Args:
+        shape: shape of the parameter.
+        dim: dimension the index runs along, 0 ≤ dim < len(shape).
+        index: positions along `dim`, int64 `[n]`, sorted and unique, n ≥ 1.
+
+    Raises:
+        ValueError: where `dim` or `index` does not fit `shape`.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    index: Tensor
+    kind: ClassVar[str] = "slices"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dim < len(self.shape):
+            raise ValueError(f"dim={self.dim} does not fit a parameter of shape {list(self.shape)}")
+        check_index(self.index, self.shape[self.dim])
+
+    @property
+    def count(self) -> int:
+        return self.numel // self.shape[self.dim] * self.index.numel()
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        return (*self.shape[: self.dim], self.index.numel(), *self.shape[self.dim + 1 :])
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().index_select(self.dim, self.index)
+
+    @torch.no_grad()
+    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
+        tensor.index_copy_(self.dim, self.index, values.to(tensor))
+
+    def flat(self) -> Tensor:
+        inner = math.prod(self.shape[self.dim + 1 :])
+        outer = torch.arange(math.prod(self.shape[: self.dim])) * (self.shape[self.dim] * inner)
+        return (outer[:, None, None] + self.index.cpu()[None, :, None] * inner + torch.arange(inner)).flatten()
+
+    def to(self, device: torch.device) -> Slices:
+        return self if self.index.device == device else Slices(self.shape, self.dim, self.index.to(device))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Elements(Entries):
+    """Scattered single entries of a parameter.
+
+    Args:
+        shape: shape of the parameter (may be `()`).
+        index: offsets in the flattened parameter, int64 `[n]`, sorted and unique, n ≥ 1.
+
+    Raises:
+        ValueError: where `index` does not fit `shape`.
+    """
+
+    shape: tuple[int, ...]
+    index: Tensor
+    kind: ClassVar[str] = "elements"
+
+    def __post_init__(self) -> None:
+        check_index(self.index, self.numel)
+
+    @property
+    def count(self) -> int:
+        return self.index.numel()
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        return (self.index.numel(),)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().take(self.index)
+
+    @torch.no_grad()
+    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
+        tensor.put_(self.index, values.to(tensor))
+
+    def flat(self) -> Tensor:
+        return self.index.cpu()
+
+    def to(self, device: torch.device) -> Elements:
+        return self if self.index.device == device else Elements(self.shape, self.index.to(device))
+
+
+def check_index(index: Tensor, size: int) -> None:
+    """Refuse an index that is not int64, one-dimensional, non-empty, sorted, unique and within `[0, size)`.
+
+    Raises:
+        ValueError: naming the first rule that is broken.
+    """
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(f"an index must be a 1-D int64 tensor, found {index.dtype} with shape {list(index.shape)}")
+    if index.numel() == 0:
+        raise ValueError("an index must name at least one entry; leave the parameter out to freeze it")
+    if bool((index[1:] <= index[:-1]).any()):
+        raise ValueError("an index must be sorted and free of duplicates")
+    if int(index[0]) < 0 or int(index[-1]) >= size:
+        raise ValueError(f"an index must lie in [0, {size}), found {int(index[0])} … {int(index[-1])}")
+
+
+@final
+class Selection(Mapping[str, Entries]):
+    """Parameter name → entries, in the order given.
+
+    >>> s = Selection({"w": Slices((4, 6), 1, torch.tensor([0, 5]))})
+    >>> s.size, s["w"].flat().tolist()
+    (8, [0, 5, 6, 11, 12, 17, 18, 23])
+    """
+
+    def __init__(self, entries: Mapping[str, Entries] | None = None) -> None:
+        self._entries = dict(entries or {})
+
+    def __getitem__(self, name: str) -> Entries:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Selection({len(self)} parameters, {self.size:,} entries)"
+
+    def __eq__(self, other: object) -> bool:
+        """Equal where the same entries are chosen, whatever their kind (Slices of all rows equal Whole)."""
+        if not isinstance(other, Selection):
+            return NotImplemented
+        return self.keys() == other.keys() and all(_same(self[name], other[name]) for name in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def size(self) -> int:
+        """Number of chosen entries over all parameters."""
+        return sum(entries.count for entries in self.values())
+
+    def union(self, other: Mapping[str, Entries]) -> Selection:
+        """Entries in either selection; slices along one dimension stay slices."""
+        merged = dict(self._entries)
+        for name, entries in other.items():
+            merged[name] = _union(merged[name], entries) if name in merged else entries
+        return Selection(merged)
+
+    def difference(self, other: Mapping[str, Entries]) -> Selection:
+        """Entries of this selection that are not in `other`."""
+        kept = {name: _difference(entries, other.get(name)) for name, entries in self.items()}
+        return Selection({name: entries for name, entries in kept.items() if entries is not None})
+
+    def overlap(self, other: Mapping[str, Entries]) -> int:
+        """Number of entries in both selections."""
+        return self.size - self.difference(other).size
+
+
+def _same(a: Entries, b: Entries) -> bool:
+    return a.shape == b.shape and a.count == b.count and (a.count == a.numel or torch.equal(a.flat(), b.flat()))
+
+
+def _check_shapes(a: Entries, b: Entries) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"selections of different models: shapes {list(a.shape)} and {list(b.shape)} for one name")
+
+
+def _from_flat(shape: tuple[int, ...], flat: Tensor) -> Entries:
+    return Whole(shape) if flat.numel() == math.prod(shape) else Elements(shape, flat)
+
+
+def _union(a: Entries, b: Entries) -> Entries:
+    _check_shapes(a, b)
+    if isinstance(a, Slices) and isinstance(b, Slices) and a.dim == b.dim:
+        return Slices(a.shape, a.dim, torch.cat([a.index.cpu(), b.index.cpu()]).unique())
+    return _from_flat(a.shape, torch.cat([a.flat(), b.flat()]).unique())
+
+
+def _difference(a: Entries, b: Entries | None) -> Entries | None:
+    if b is None:
+        return a
+    _check_shapes(a, b)
+    if isinstance(a, Slices) and isinstance(b, Slices) and a.dim == b.dim:
+        index = a.index.cpu()[~torch.isin(a.index.cpu(), b.index.cpu())]
+        return Slices(a.shape, a.dim, index) if index.numel() else None
+    flat = a.flat()[~torch.isin(a.flat(), b.flat())]
+    return _from_flat(a.shape, flat) if flat.numel() else None
+
+
+def resolve_budget(budget: int | float, total: int, *, name: str = "budget") -> int:
+    """Turn a budget into a number of entries: an int counts entries, a float in (0, 1] is a share of `total`.
+
+    >>> resolve_budget(0.5, 7), resolve_budget(3, 7)
+    (4, 3)
+
+    Args:
+        budget: entries (int, 1 … total) or share (float, 0 < share ≤ 1; rounded half up).
+        total: number of candidates, entries or units.
+        name: the argument's name for the error.
+
+    Raises:
+        ValueError: outside those ranges, or where a share rounds to nothing.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise ValueError(f"{name}={budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)")
+    if isinstance(budget, int):
+        if not 1 <= budget <= total:
+            raise ValueError(f"{name}={budget}: a count must lie between 1 and the {total:,} candidates")
+        return budget
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(f"{name}={budget}: a share must be above 0 and at most 1.0")
+    resolved = math.floor(budget * total + 0.5)
+    if resolved == 0:
+        raise ValueError(f"{name}={budget}: rounds to nothing of {total:,} candidates; give at least {1 / total:.2g}")
+    return resolved
+
+
+@torch.no_grad()
+def top_k(scores: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], k: int) -> Selection:
+    """Choose the k highest scores over all tensors, exactly, also under ties.
+
+    Total order: score descending, then tensor order, then flat offset ascending. Tensors may come from a generator;
+    one is held at a time, beside a buffer of at most k candidates.
+
+    Args:
+        scores: name → score tensor of the parameter's shape, any float dtype, finite or ±inf; higher is better.
+        k: number of entries, 1 ≤ k ≤ all entries.
+
+    Returns:
+        Elements (Whole where a tensor is chosen entirely), in tensor order.
+
+    Raises:
+        ValueError: where a score is NaN, or there are fewer than k entries.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    best, owner, offset = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    for rank, (name, score) in enumerate(scores.items() if isinstance(scores, Mapping) else scores):
+        shapes[name] = tuple(score.shape)
+        flat = score.reshape(-1).to(torch.promote_types(score.dtype, torch.float32))
+        if bool(flat.isnan().any()):
+            raise ValueError(f"the score of {name!r} is NaN")
+        # Once k candidates exist, a later tensor wins only with a strictly better score.
+        keep = (flat > best[-1].to(flat)).nonzero().flatten() if best.numel() == k else _leading(flat, k)
+        values = torch.cat([best, flat[keep].cpu()])
+        owner = torch.cat([owner, torch.full((keep.numel(),), rank)])
+        offset = torch.cat([offset, keep.cpu()])
+        best, order = torch.sort(values, descending=True, stable=True)
+        best, owner, offset = best[:k], owner[order[:k]], offset[order[:k]]
+    if not 1 <= k <= best.numel():
+        raise ValueError(f"k={k}: must lie between 1 and the {best.numel():,} entries scored")
+    chosen = {name: offset[owner == rank].sort().values for rank, name in enumerate(shapes)}
+    return Selection({name: _from_flat(shapes[name], flat) for name, flat in chosen.items() if flat.numel()})
+
+
+def _leading(flat: Tensor, k: int) -> Tensor:
+    """Offsets, ascending, of all entries that can be among the k best of one tensor (ties at the k-th included)."""
+    if flat.numel() <= k:
+        return torch.arange(flat.numel(), device=flat.device)
+    return (flat >= torch.topk(flat, k).values[-1]).nonzero().flatten()

@@ -1,0 +1,168 @@
+"""Attach a method to a model: sequencing only. This file names no method."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Delta
+from .method import Method, Probe, State
+from .selection import Selection
+from .slots import Slots
+
+__all__ = ["Tuner", "attach"]
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    probe: Probe | None = None,
+    exclude: Selection | None = None,
+    base: str | None = None,
+    partial: bool = True,
+) -> Tuner:
+    """Freeze `model`, let `method` choose what may change, and make just that trainable, in place.
+
+    The model stays what it was: it trains, generates and saves as before, and its weights are always the tuned ones.
+
+    Args:
+        model: any `nn.Module`; methods that choose structures need a transformer.
+        method: what to select, e.g. `S2FT(channels=0.02)`.
+        probe: data for methods that look at data.
+        exclude: entries that must stay frozen, e.g. another adapter's selection.
+        base: name of the base model for the adapter; default `model.config._name_or_path`, without local paths.
+        partial: use the partial product where it is exact; False takes the dense gradient everywhere (the reference
+            twin: same result, more memory).
+
+    Returns:
+        The tuner that owns the training state.
+
+    Raises:
+        ValueError: where the model is attached already, or the method does not fit it; the model is then unchanged.
+
+    Example:
+        >>> tuner = attach(model, S2FT(channels=0.02, heads=0.05))
+        >>> optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-3)
+        >>> loss = model(**batch).loss; loss.backward(); optimizer.step(); optimizer.zero_grad()
+        >>> tuner.save("adapter")
+    """
+    if Slots.REGISTERED_AS in model._modules:
+        raise ValueError("this model has a tuner attached already; call its detach() first")
+    selection, state = method.select({}, model, 0, probe, exclude or Selection())
+    if not selection:
+        raise ValueError(f"{method}: selects nothing in this model")
+    return Tuner(model, method, selection, state, base=base, partial=partial)
+
+
+@final
+class Tuner:
+    """The trainable part of a model. Made by `attach`.
+
+    Attributes:
+        model: the model, with the slots registered on it.
+        method: the method that chose.
+        selection: what may change.
+        slots: the compact trainable values.
+        step: optimizer updates made so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, selection: Selection, state: State, *, base: str | None, partial: bool
+    ) -> None:
+        self.model, self.method, self.selection, self.step = model, method, selection, 0
+        self._state, self._base = state, base if base is not None else _base_name(model)
+        self._required = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.requires_grad_(False)
+        try:
+            self.slots = Slots(model, selection, partial=partial)
+        except ValueError:
+            self._restore_requires_grad()
+            raise
+        model.add_module(Slots.REGISTERED_AS, self.slots)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable values, one compact tensor per selected parameter, in selection order."""
+        return [slot.values for slot in self.slots]
+
+    def optimizer(self, cls: Callable[..., torch.optim.Optimizer], **kwargs: Any) -> torch.optim.Optimizer:
+        """Build `cls(parameters, **kwargs)` and keep the weights in step with it."""
+        return self.watch(cls(self.parameters(), **kwargs))
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Write the values into the weights after each step of an optimizer that was built elsewhere."""
+        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        return optimizer
+
+    def delta(self) -> Delta:
+        """The trained values as an artefact, in the base's type."""
+        if any(slot.is_stale() for slot in self.slots):
+            warnings.warn(
+                "values changed without reaching the weights: build the optimizer with tuner.optimizer(...), or call "
+                "tuner.watch(optimizer)",
+                stacklevel=2,
+            )
+            self.slots.write()
+        values = {slot.name: slot.entries.gather(slot.target) for slot in self.slots}
+        fingerprints = {slot.name: slot.fingerprint for slot in self.slots}
+        return Delta(self.selection, values, fingerprints, self.method.to_dict(), self._base)
+
+    def save(self, directory: str | Path) -> Path:
+        """Save the adapter folder: `delta().save(directory)`."""
+        return self.delta().save(directory)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the optimizer: values in full precision, step, and the method's state."""
+        values = {slot.name: slot.values.detach().clone() for slot in self.slots}
+        fingerprints = {slot.name: slot.fingerprint for slot in self.slots}
+        state = {"method": self.method.to_dict(), "step": self.step, "state": dict(self._state)}
+        return state | {"values": values, "fingerprints": fingerprints}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            ValueError: where it comes from another method, other entries or another base; nothing is changed then.
+        """
+        if state["method"] != self.method.to_dict():
+            raise ValueError(f"resume: the checkpoint's method is {state['method']}, this run's {self.method.to_dict()}")
+        for slot in self.slots:
+            found = state["fingerprints"].get(slot.name)
+            if found != slot.fingerprint or state["values"][slot.name].shape != slot.values.shape:
+                raise ValueError(f"resume: {slot.name}: the checkpoint has other entries, or another base model")
+        self._load_values(state["values"])
+        self.step, self._state = int(state["step"]), dict(state["state"])
+
+    def detach(self) -> nn.Module:
+        """Take everything of ours off the model and return it, an ordinary model with the tuned weights."""
+        self.slots.write()
+        for slot in self.slots:
+            slot.disconnect()
+        del self.model._modules[Slots.REGISTERED_AS]
+        self._restore_requires_grad()
+        return self.model
+
+    @torch.no_grad()
+    def _load_values(self, values: Mapping[str, Tensor]) -> None:
+        for slot in self.slots:
+            slot.values.copy_(values[slot.name])
+        self.slots.write()
+
+    def _after_step(self) -> None:
+        self.slots.write()
+        self.step += 1
+
+    def _restore_requires_grad(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required.get(name, False))
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """The hub name the model was loaded by; a local path says nothing to others and is left out."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return None if name is None or Path(name).exists() else name
