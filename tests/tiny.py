@@ -9,7 +9,13 @@ import transformers as tf
 from torch import nn
 
 COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-LLAMA = COMMON | {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+LLAMA = COMMON | {
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
 
 
 def _llama(**kw: object) -> tf.PreTrainedModel:
@@ -55,7 +61,9 @@ CAUSAL: dict[str, Callable[[], tf.PreTrainedModel]] = {
 ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "bert": lambda: _encoder(tf.BertConfig, tf.BertForSequenceClassification),
     "roberta": lambda: _encoder(tf.RobertaConfig, tf.RobertaForSequenceClassification),
-    "deberta": lambda: _encoder(tf.DebertaConfig, tf.DebertaForSequenceClassification, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "deberta": lambda: _encoder(
+        tf.DebertaConfig, tf.DebertaForSequenceClassification, relative_attention=True, pos_att_type=["c2p", "p2c"]
+    ),
     "deberta_v2": lambda: _encoder(tf.DebertaV2Config, tf.DebertaV2ForSequenceClassification),
 }
 MODELS = CAUSAL | ENCODERS

@@ -32,7 +32,7 @@ _HOME = {
     "Full": "methods",
     "train": "training",
 }
-__all__ = ["Delta", "Full", "PaFi", "Random", "S2FT", "Selection", "Tuner", "attach", "train"]
+__all__ = ["S2FT", "Delta", "Full", "PaFi", "Random", "Selection", "Tuner", "attach", "train"]
 
 
 def __getattr__(name: str) -> Any:

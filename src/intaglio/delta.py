@@ -159,7 +159,9 @@ class Delta:
         for name, parameter in self._parameters(model):
             expected = self.values[name].dtype
             if parameter.dtype != expected:
-                raise ValueError(f"{name}: trained on a {expected} base, the model is {parameter.dtype}; load it with dtype={expected}")
+                raise ValueError(
+                    f"{name}: trained on a {expected} base, the model is {parameter.dtype}; load it with dtype={expected}"
+                )
             originals[name] = self.selection[name].to(parameter.device).gather(parameter)
             found = fingerprint(originals[name])
             if found != self.fingerprints[name]:
@@ -213,13 +215,33 @@ class Delta:
         return record | {"dtype": dtype, "fingerprint": self.fingerprints[name]}
 
     def _card(self) -> str:
-        base = self.base or "BASE"
-        return (
-            f"---\nlibrary_name: intaglio\nbase_model: {base}\ntags: [intaglio, sparse-fine-tuning, {self.method.get('name', 'delta')}]\n"
-            f"---\n\n# Sparse adapter for {base}\n\n{self.selection.size:,} tuned values in {len(self.selection)} parameters, method "
-            f"`{json.dumps(self.method)}`.\n\n```python\nfrom intaglio import Delta\n\ndelta = Delta.load(\"this/folder\")\n"
-            "delta.apply_(model)   # the base named above becomes the tuned model\ndelta.revert_(model)  # and back, bit for bit\n```\n"
+        return _CARD.format(
+            base=self.base or "BASE",
+            method=self.method.get("name", "delta"),
+            fields=json.dumps(self.method),
+            entries=f"{self.selection.size:,}",
+            parameters=len(self.selection),
         )
+
+
+_CARD = """---
+library_name: intaglio
+base_model: {base}
+tags: [intaglio, sparse-fine-tuning, {method}]
+---
+
+# Sparse adapter for {base}
+
+{entries} tuned values in {parameters} parameters, method `{fields}`.
+
+```python
+from intaglio import Delta
+
+delta = Delta.load("this/folder")
+delta.apply_(model)   # the base named above becomes the tuned model
+delta.revert_(model)  # and back, bit for bit
+```
+"""
 
 
 def _write_synced(path: Path, content: bytes) -> None:

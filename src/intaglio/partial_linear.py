@@ -40,7 +40,7 @@ class _PartialLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept, weight, index = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -54,15 +54,15 @@ class _PartialLinear(torch.autograd.Function):
         return grad_x, grad_values, None, grad_bias, None, None, None
 
 
-def _forward(self: nn.Module, x: Tensor) -> Tensor:
+def _forward(self: Any, x: Tensor) -> Tensor:
     """Replaces the layer's `forward`; `self.partial` is the slot of its weight."""
     slot = self.partial.slot
-    weight, bias = self.weight, self.bias
-    assert isinstance(weight, Tensor)
+    weight: Tensor = self.weight
+    bias: Tensor | None = self.bias
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-        bias = bias.to(dtype) if isinstance(bias, Tensor) else None
+        bias = None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
         return F.linear(x, weight.t() if self.partial.transposed else weight, bias)
     if x.dim() == 1:  # nn.Linear takes a bare feature vector too
@@ -85,7 +85,8 @@ def install(module: nn.Module, slot: Any, *, transposed: bool) -> None:
         slot: the `slots.Slot` of its weight; entries must be Slices.
         transposed: whether the weight is stored as [in, out].
     """
-    assert isinstance(slot.entries, Slices) and "forward" not in module.__dict__
+    assert isinstance(slot.entries, Slices)
+    assert "forward" not in module.__dict__
     module.partial = _Partial(slot, transposed)  # type: ignore[assignment]  # a plain attribute, deliberately not a submodule
     module.forward = MethodType(_forward, module)
 

@@ -322,9 +322,11 @@ def top_k(scores: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], k: int) -
     Raises:
         ValueError: where a score is NaN, or there are fewer than k entries.
     """
+    if k < 1:
+        raise ValueError(f"k={k}: must be at least 1")
     shapes: dict[str, tuple[int, ...]] = {}
     best, owner, offset = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    for rank, (name, score) in enumerate(scores.items() if isinstance(scores, Mapping) else scores):
+    for rank, (name, score) in enumerate(_pairs(scores)):
         shapes[name] = tuple(score.shape)
         flat = score.reshape(-1).to(torch.promote_types(score.dtype, torch.float32))
         if bool(flat.isnan().any()):
@@ -336,10 +338,17 @@ def top_k(scores: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], k: int) -
         offset = torch.cat([offset, keep.cpu()])
         best, order = torch.sort(values, descending=True, stable=True)
         best, owner, offset = best[:k], owner[order[:k]], offset[order[:k]]
-    if not 1 <= k <= best.numel():
-        raise ValueError(f"k={k}: must lie between 1 and the {best.numel():,} entries scored")
+    if k > best.numel():
+        raise ValueError(f"k={k}: more than the {best.numel():,} entries scored")
     chosen = {name: offset[owner == rank].sort().values for rank, name in enumerate(shapes)}
     return Selection({name: _from_flat(shapes[name], flat) for name, flat in chosen.items() if flat.numel()})
+
+
+def _pairs(scores: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(scores, Mapping):
+        yield from scores.items()
+    else:
+        yield from scores
 
 
 def _leading(flat: Tensor, k: int) -> Tensor:

@@ -29,6 +29,8 @@ class Slot(nn.Module):
             own slot and costs nothing extra.
         target: the live base weight.
         fingerprint: of the base values at the chosen entries, taken before training.
+        is_alias: whether `values` is the weight itself.
+        is_gathered: whether the gradient is gathered from the dense one, outside the autograd graph.
     """
 
     def __init__(self, name: str, target: nn.Parameter, entries: Entries) -> None:
@@ -41,6 +43,7 @@ class Slot(nn.Module):
         base = self.entries.gather(target)
         self.fingerprint = fingerprint(base)
         self.values = target if self.is_alias else nn.Parameter(base.to(dtype))
+        self.is_gathered = False
         self._remove: Callable[[], None] = lambda: None
 
     @property
@@ -54,9 +57,7 @@ class Slot(nn.Module):
 
     def is_stale(self) -> bool:
         """Whether the base weight differs from the values, rounded to its type."""
-        return not self.is_alias and not torch.equal(
-            self.entries.gather(self.target), self.values.detach().to(self.target)
-        )
+        return not self.is_alias and not torch.equal(self.entries.gather(self.target), self.values.detach().to(self.target))
 
     def connect(self, module: nn.Module | None, *, partial: bool) -> None:
         """Let gradients reach `values`: through a partial product in `module`, else gathered from the dense one."""
@@ -66,6 +67,7 @@ class Slot(nn.Module):
             partial_linear.install(module, self, transposed=is_transposed(module))
             self._remove = lambda: partial_linear.remove(module)
         else:
+            self.is_gathered = True
             self.target.requires_grad_(True)
             self._remove = self.target.register_post_accumulate_grad_hook(self._gather_gradient).remove
 

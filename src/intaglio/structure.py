@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -216,7 +216,7 @@ class _Heads:
 
 def _heads(model: nn.Module, reads: int) -> _Heads:
     """Head counts from the config; `reads` is the input width of the attention output projection."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     query = getattr(config, "num_attention_heads", None)
     if not isinstance(query, int):
@@ -233,7 +233,8 @@ def _heads(model: nn.Module, reads: int) -> _Heads:
 def _by_family(model: nn.Module, name: str, layer: nn.Module, family: Family) -> Layer:
     output = _find(layer, family.parts["o"].path)
     down = _find(layer, family.parts["down"].path)
-    assert output is not None and down is not None  # _fits has seen them
+    assert output is not None  # _fits has seen them
+    assert down is not None
     heads, channels = _heads(model, _width(output, reads=True)), _width(down, reads=True)
     projections = {}
     for role, part in family.parts.items():
@@ -291,8 +292,6 @@ def _by_shape(name: str, layer: nn.Module) -> Layer | None:
                 continue
             prefix = f"{name}.{parent_name}" if parent_name else name
             roles = dict(zip(("up", "gate"), reversed(ups), strict=False)) | {"down": (down_name, down)}
-            projections = {
-                role: _projection(f"{prefix}.{n}", m, role, wide, 1, 0, 1) for role, (n, m) in roles.items()
-            }
+            projections = {role: _projection(f"{prefix}.{n}", m, role, wide, 1, 0, 1) for role, (n, m) in roles.items()}
             return Layer(name, projections)
     return None

@@ -13,7 +13,7 @@ from .magnitude import PaFi
 from .random import Random
 from .s2ft import S2FT
 
-__all__ = ["METHODS", "Full", "PaFi", "Random", "S2FT", "build", "nearest"]
+__all__ = ["METHODS", "S2FT", "Full", "PaFi", "Random", "build", "nearest"]
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (S2FT, Random, PaFi, Full)}
 

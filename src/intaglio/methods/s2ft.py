@@ -19,7 +19,15 @@ from ..structure import ROLES, Layer, describe
 __all__ = ["S2FT"]
 
 # Units are shared by the roles of a structure: one set of channels per FFN, of query heads and of key-value heads.
-_STRUCTURE = {"q": "heads", "o": "heads", "k": "kv_heads", "v": "kv_heads", "up": "channels", "gate": "channels", "down": "channels"}
+_STRUCTURE = {
+    "q": "heads",
+    "o": "heads",
+    "k": "kv_heads",
+    "v": "kv_heads",
+    "up": "channels",
+    "gate": "channels",
+    "down": "channels",
+}
 
 
 @final

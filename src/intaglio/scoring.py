@@ -1,0 +1,71 @@
+"""Score or verify a run after the fact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Config, EvaluateBlock, load_config
+
+__all__ = ["score", "verify"]
+
+
+def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None) -> dict[str, Any]:
+    """Score a run file's model, or a finished run's, on held-out examples.
+
+    Args:
+        run: a run file, or the folder of a finished run.
+        overrides: `block.key=value` on top of its config.
+        adapter: folder to apply; default the run folder's own, none for a run file.
+
+    Returns:
+        `Score.to_dict()` with `adapter` and `model`.
+
+    Raises:
+        ValueError: for a bad run file, missing data, a missing or foreign adapter.
+    """
+    source, own = (_config_of(run), run / "adapter") if run.is_dir() else (run, None)
+    config, adapter = load_config(source, overrides), adapter or own
+    from .data import load_examples
+    from .evaluate import evaluate
+
+    examples = load_examples(config.data)
+    model, tokenizer = _load(config, adapter)
+    block = config.evaluate or EvaluateBlock.model_validate({})
+    result, _ = evaluate(model, tokenizer, examples.test, block, examples.verify)
+    return {"model": config.model.name, "adapter": None if adapter is None else str(adapter), **result.to_dict()}
+
+
+def verify(run: Path) -> dict[str, Any]:
+    """Reload a finished run's adapter onto a fresh base and compare logits with the trained model's.
+
+    Raises:
+        ValueError: where `run` is no finished run, or its adapter is damaged or does not fit the base.
+    """
+    from .hf.verify import compare_check
+
+    config = load_config(_config_of(run))
+    model, _ = _load(config, run / "adapter")
+    return {"run": str(run), "adapter": str(run / "adapter"), **compare_check(model, run / "check.safetensors")}
+
+
+def _load(config: Config, adapter: Path | None) -> tuple[Any, Any]:
+    from .hf.models import check_available, load_model, load_tokenizer
+    from .hf.verify import apply_adapter
+
+    check_available(config.model.name, **config.model.kwargs())
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"adapter={str(adapter)!r}: not an adapter folder, it has no adapter_config.json")
+    tokenizer = load_tokenizer(config.model.name)
+    model = load_model(config.model.name, **config.model.kwargs())
+    return (model if adapter is None else apply_adapter(model, adapter)), tokenizer
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    path = run / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{run}: not a finished run, it has no run.json")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]
+    return config

@@ -1,0 +1,229 @@
+"""One run, read top to bottom: check → load → attach → train → save → score → report.
+
+OUTPUT/
+  run.json            config, versions, trainable share, seconds per step, peak memory, loss log, scores
+  adapter/            the result: a Delta (or a PEFT folder, for PEFT's own methods)
+  check.safetensors   a few prompts and the tuned model's logits, for `intaglio verify`
+  answers.jsonl       every held-out answer, before and after
+  loss.png accuracy.png
+  checkpoint-N/       while it runs
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import PEFT_METHODS, Config, load_config, sft_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .data import Examples
+
+__all__ = ["Run", "train"]
+
+_OURS = ("run.json", "adapter", "check.safetensors", "answers.jsonl", "loss.png", "accuracy.png")
+
+
+def train(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train as a run file says and write everything into its output folder.
+
+    Args:
+        source: path of a run file, or its blocks as a mapping.
+        overrides: `block.key=value` strings on top.
+        resume: continue from the newest complete checkpoint in the output folder (from the start, if there is none).
+        overwrite: replace an earlier run in the output folder.
+
+    Returns:
+        What `run.json` holds.
+
+    Raises:
+        ValueError: for anything wrong with the run file, the data or the output folder, before weights are loaded
+            wherever that can be known.
+
+    Example:
+        >>> result = train("recipes/demo.yaml", ["train.max_steps=20"])
+        >>> result["trainable"]["entries"]
+        1385856
+    """
+    config = load_config(source, overrides)
+    output = _output_folder(config, source, resume=resume, overwrite=overwrite)
+    run = _setup(config, output)
+    before = _score(run, "before") if config.evaluate is not None and config.evaluate.before else None
+    trainer = _make_trainer(run)
+    training = _fit(run, trainer, resume)
+    adapter = _save(run, trainer)
+    after = _score(run, "after") if config.evaluate is not None else None
+    result = _summary(run, training, adapter, before, after)
+    _report(output, result)
+    return result
+
+
+@dataclass
+class Run:
+    """What a run holds while it goes on."""
+
+    config: Config
+    output: Path
+    arguments: Any  # SFTConfig
+    examples: Examples
+    tokenizer: PreTrainedTokenizerBase
+    model: Any  # PreTrainedModel, or a PeftModel
+    tuner: Any = None  # Tuner, where the method is ours
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _setup(config: Config, output: Path) -> Run:
+    """Check everything that needs no weights, then load the model."""
+    from .data import check_tokenizer, load_examples
+    from .hf.models import check_available, load_model, load_tokenizer
+
+    arguments = sft_config(config.train, str(output))
+    check_available(config.model.name, **config.model.kwargs())
+    examples = load_examples(config.data)
+    if config.evaluate is not None and not examples.test:
+        raise ValueError("evaluate: there are no held-out rows with answers to score; drop the block or give data.test")
+    tokenizer = load_tokenizer(config.model.name)
+    if arguments.chat_template_path is None:
+        check_tokenizer(tokenizer, examples)
+    model = load_model(config.model.name, **config.model.kwargs())
+    return Run(config, output, arguments, examples, tokenizer, model)
+
+
+def _make_trainer(run: Run) -> Any:
+    """The trainer of a tuner, or of PEFT for its own methods."""
+    from .hf.trainer import CheckpointedSFTTrainer, SparseTrainer
+    from .methods import build
+    from .tuner import attach
+
+    common = {"args": run.arguments, "train_dataset": run.examples.dataset(), "processing_class": run.tokenizer}
+    method: dict[str, Any] = dict(run.config.method)
+    if method["name"] in PEFT_METHODS:
+        trainer = CheckpointedSFTTrainer(run.model, peft_config=_lora(method), **common)
+        run.model = trainer.model
+        return trainer
+    run.tuner = attach(run.model, build(method), base=run.config.model.name)
+    return SparseTrainer(run.tuner, **common)
+
+
+def _lora(method: dict[str, Any]) -> Any:
+    from peft import LoraConfig
+
+    fields: dict[str, Any] = {"task_type": "CAUSAL_LM"} | {key: value for key, value in method.items() if key != "name"}
+    return LoraConfig(**fields)
+
+
+def _fit(run: Run, trainer: Any, resume: bool) -> dict[str, Any]:
+    """Train; return time, memory and the loss log."""
+    from .hf.meter import StepMeter
+    from .hf.trainer import last_checkpoint
+
+    meter = StepMeter()
+    trainer.add_callback(meter)
+    checkpoint = last_checkpoint(run.output) if resume else None
+    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return {
+        "steps": trainer.state.global_step,
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "final_loss": outcome.training_loss,
+        **meter.figures(),
+        "history": trainer.state.log_history,
+    }
+
+
+def _save(run: Run, trainer: Any) -> Path:
+    """Write the adapter, and the logits that `verify` compares with."""
+    from .hf.verify import save_check
+
+    adapter = run.output / "adapter"
+    if run.tuner is not None:
+        run.tuner.save(adapter)
+        run.tuner.detach()
+    else:
+        run.model.save_pretrained(str(adapter))
+    save_check(run.model, run.tokenizer, run.examples, run.output / "check.safetensors")
+    return adapter
+
+
+def _score(run: Run, when: str) -> dict[str, Any]:
+    from .evaluate import evaluate
+
+    assert run.config.evaluate is not None
+    score, records = evaluate(
+        run.model, run.tokenizer, run.examples.test, run.config.evaluate, run.examples.verify, title=f"score {when}"
+    )
+    run.answers += [{"when": when} | record for record in records]
+    return score.to_dict()
+
+
+def _summary(
+    run: Run, training: dict[str, Any], adapter: Path, before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, Any]:
+    if run.answers:
+        lines = (json.dumps(record, default=str) for record in run.answers)
+        (run.output / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    total = sum(p.numel() for n, p in run.model.named_parameters() if "lora_" not in n)
+    entries = run.tuner.selection.size if run.tuner is not None else _trainable(run.model)
+    return {
+        "output": str(run.output),
+        "config": run.config.model_dump(mode="json"),
+        "versions": _versions(),
+        "machine": {"processor": platform.machine(), "system": platform.system(), "device": str(run.model.device)},
+        "trainable": {"entries": entries, "of": total, "share": entries / total},
+        "adapter": {"path": str(adapter), "bytes": sum(f.stat().st_size for f in adapter.iterdir())},
+        "training": training,
+        "before": before,
+        "after": after,
+    }
+
+
+def _report(output: Path, result: dict[str, Any]) -> None:
+    from .report.plots import plot_accuracy, plot_loss
+
+    (output / "run.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    plot_loss(result["training"]["history"], output / "loss.png")
+    if result["after"] is not None:
+        plot_accuracy(result["before"], result["after"], output / "accuracy.png")
+
+
+def _output_folder(config: Config, source: Any, *, resume: bool, overwrite: bool) -> Path:
+    """The output folder, created; an earlier run in it is refused, continued or replaced, never mixed."""
+    stem = Path(source).stem if isinstance(source, (str, Path)) else "run"
+    output = Path(config.train.get("output_dir") or Path("runs") / stem)
+    earlier = [p for p in (*(output / name for name in _OURS), *output.glob("checkpoint-*")) if p.exists()]
+    if earlier and not resume and not overwrite:
+        raise ValueError(
+            f"{output}: already holds a run ({earlier[0].name}); --resume continues it, --overwrite replaces it, or set "
+            "another train.output_dir"
+        )
+    for path in earlier if overwrite and not resume else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def _trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("intaglio", "torch", "transformers", "peft", "trl", "accelerate", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
