@@ -1,11 +1,12 @@
 """What every method must hold on every architecture. A new method or model joins by being in METHODS or MODELS."""
 
+import copy
 import dataclasses
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from intaglio import Delta, Selection, attach
 from intaglio.methods import METHODS, build
 
@@ -13,7 +14,7 @@ from intaglio.methods import METHODS, build
 SETTINGS = {
     "s2ft": [
         {"channels": 0.25, "heads": 0.25},
-        {"channels": 6, "heads": 3, "targets": ["q", "k", "v", "o", "up", "down"], "seed": 3},
+        {"channels": 6, "heads": 0.5, "targets": ["q", "k", "v", "o", "up", "down"], "seed": 3},
         {"channels": None, "targets": ["o"], "heads": 0.5},
     ],
     "random": [{"budget": 0.05}, {"budget": 37, "seed": 1}],
@@ -80,7 +81,7 @@ def test_adapter_round_trip_is_exact(name, config, tmp_path):
 @each_model
 @each_case
 def test_selection_is_reproducible_and_leaves_no_trace(name, config):
-    model, random_state = tiny.build(name), torch.random.get_rng_state()
+    model = tiny.build(name)
     random_state = torch.random.get_rng_state()
     before = {key: t.clone() for key, t in model.state_dict().items()}
     required = {key: p.requires_grad for key, p in model.named_parameters()}
@@ -125,7 +126,7 @@ def test_state_survives_bit_for_bit(config):
     tuner = attach(tiny.build(name, dtype=torch.bfloat16), build(config))
     optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-3)
     go(tuner, optimizer, batches[:5])
-    state, optimizer_state = tuner.state_dict(), optimizer.state_dict()
+    state, optimizer_state = tuner.state_dict(), copy.deepcopy(optimizer.state_dict())
     resumed = attach(tiny.build(name, dtype=torch.bfloat16), build(config))
     again = resumed.optimizer(torch.optim.AdamW, lr=1e-3)
     resumed.load_state_dict(state)

@@ -4,12 +4,12 @@ import copy
 import itertools
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+import tiny
 from intaglio import S2FT, attach
 from intaglio.selection import Selection, Slices
 from intaglio.slots import Slots
@@ -55,25 +55,16 @@ def test_slice_gradient_is_autograds(kind, dim, bias, shape, dtype, tolerance):
 @pytest.mark.parametrize(("kind", "dim", "bias"), KINDS)
 def test_gradcheck(kind, dim, bias):
     """Numerical gradients through the value that the forward really uses: the weight with the slot written in."""
-    layer, slot, _ = layer_and_slot(kind, dim, bias, torch.float64)
     x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
 
     def f(x, values):
-        with torch.no_grad():
-            slot.values.copy_(values)
-        slot.write()
-        return layer(x) + 0 * values.sum() if not torch.is_grad_enabled() else _through(layer, slot, x, values)
-
-    assert torch.autograd.gradcheck(f, (x, slot.values.detach().clone().requires_grad_(True)))
-
-
-def _through(layer, slot, x, values):
-    kept = slot.values
-    slot._parameters["values"] = values
-    try:
+        layer, slot, _ = layer_and_slot(kind, dim, bias, torch.float64)
+        slot.entries.scatter_(layer.weight, values.detach())
+        slot._parameters["values"] = values
         return layer(x)
-    finally:
-        slot._parameters["values"] = kept
+
+    values = layer_and_slot(kind, dim, bias, torch.float64)[1].values
+    assert torch.autograd.gradcheck(f, (x, values.detach().clone().requires_grad_(True)))
 
 
 def test_bias_that_trains_gets_its_gradient():
@@ -151,9 +142,7 @@ def test_bytes_kept_by_the_projections_of_a_model():
 
             module.forward = counted
     model(**batch).loss.backward()
-    expected = {
-        slot.name.removesuffix(".weight"): tokens * slot.entries.index.numel() * 4 for slot in tuner.slots
-    }
+    expected = {slot.name.removesuffix(".weight"): tokens * slot.entries.index.numel() * 4 for slot in tuner.slots}
     assert kept_by == expected
     assert len(expected) == 4
 
@@ -175,7 +164,7 @@ def test_gradient_checkpointing_changes_no_bit(name, reentrant):
     model = tiny.build(name).train()
     attach(model, S2FT(channels=0.25, heads=0.5))
     model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     for got, want in zip(gradients(model, batch), expected, strict=True):
@@ -208,6 +197,8 @@ def test_autocast_bf16_equals_the_dense_twin(name):
         torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-9 * want.abs().max().item())
 
 
+# Stock GPT-2 raises this too: its loss logs a warning in the middle of the traced graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", ["gqa_llama", "transposed_gpt2", "opt"])
 def test_compile_gives_the_same_gradients(name):
     batch = tiny.batch(name)

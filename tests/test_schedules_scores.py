@@ -6,7 +6,9 @@ import torch
 from intaglio import schedules, scores
 
 
-@pytest.mark.parametrize(("budget", "steps"), [(1000, 100), (1000, 300), (320, 300), (200, 300), (1, 300), (7, 3), (10**12 + 1, 7)])
+@pytest.mark.parametrize(
+    ("budget", "steps"), [(1000, 100), (1000, 300), (320, 300), (200, 300), (1, 300), (7, 3), (10**12 + 1, 7)]
+)
 def test_linear_grants_exactly(budget, steps):
     granted = [schedules.granted(schedules.linear(steps), budget, step) for step in range(steps + 6)]
     assert granted[: steps + 1] == [budget * step // steps for step in range(steps + 1)]

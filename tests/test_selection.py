@@ -50,7 +50,9 @@ def test_top_k_known_ties():
     assert top_k({n: torch.ones(5) for n in "abcd"}, 10) == Selection({"a": Whole((5,)), "b": Whole((5,))})
 
 
-@pytest.mark.parametrize(("scores", "k", "message"), [([1.0], 2, "more than"), ([1.0], 0, "at least"), ([float("nan")], 1, "NaN")])
+@pytest.mark.parametrize(
+    ("scores", "k", "message"), [([1.0], 2, "more than"), ([1.0], 0, "at least"), ([float("nan")], 1, "NaN")]
+)
 def test_top_k_refuses(scores, k, message):
     with pytest.raises(ValueError, match=message):
         top_k({"a": torch.tensor(scores)}, k)

@@ -1,9 +1,9 @@
 import pytest
-import tiny
 import torch
 import transformers as tf
 from torch import nn
 
+import tiny
 from intaglio.structure import ROLES, describe
 
 
@@ -14,7 +14,7 @@ def zero(model, projection, units):
     with torch.no_grad():
         parameters[projection.parameter].index_fill_(projection.dim, index, 0.0)
         bias = projection.parameter.removesuffix("weight") + "bias"
-        if bias in parameters:
+        if bias in parameters and parameters[bias].shape[0] == projection.shape[projection.dim]:
             parameters[bias].index_fill_(0, index, 0.0)
 
 
@@ -60,14 +60,14 @@ def test_silencing_a_value_head_is_silencing_its_output_columns(name):
     heads = [group * (queries // groups) + i for i in range(queries // groups)]
     base, by_value, by_output = logits(name, {}), logits(name, {"v": [group]}), logits(name, {"o": heads})
     torch.testing.assert_close(by_value, by_output, rtol=0, atol=1e-5)
-    assert (by_value - base).abs().max() > 1e-3
+    assert (by_value - base).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_silencing_an_up_channel_is_silencing_its_down_column(name):
     by_up, by_down = logits(name, {"up": [3, 40]}), logits(name, {"down": [3, 40]})
     torch.testing.assert_close(by_up, by_down, rtol=0, atol=1e-5)
-    assert (by_up - logits(name, {})).abs().max() > 1e-3
+    assert (by_up - logits(name, {})).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", [n for n in tiny.MODELS if "gate" in describe(tiny.build(n))[0].projections])

@@ -108,3 +108,25 @@ class HomemadeBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.narrow(torch.relu(self.wide(self.mix(x))))
+
+
+def save_folder(path: object, *, chat: bool = True, seed: int = 0) -> str:
+    """Write a tiny Llama with a byte-level tokenizer as an ordinary model folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    specials = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<s>assistant: ' }}{% endif %}"
+        )
+    torch.manual_seed(seed)
+    model = _llama(vocab_size=len(vocabulary), num_key_value_heads=2, max_position_embeddings=256)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def train(
     Examples:
 
         intaglio train recipes/demo.yaml
-        intaglio train recipes/demo.yaml method.name=lora method.channels= train.output_dir=runs/lora
+        intaglio train recipes/demo.yaml "method={name: lora, r: 8}" train.output_dir=runs/lora
         intaglio train recipes/demo.yaml --resume
     """
 
@@ -126,7 +127,8 @@ def _main(version: Annotated[bool, typer.Option("--version", help="print the ver
 def _guarded(work: Callable[[], dict[str, Any]], debug: bool) -> dict[str, Any]:
     """Run a command; a user's mistake ends in one clear message and exit code 2, without a traceback."""
     try:
-        return work()
+        with contextlib.redirect_stdout(sys.stderr):  # the libraries' logs; standard output is for the result
+            return work()
     except (ValueError, ModuleNotFoundError) as error:
         if debug:
             raise

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -72,6 +73,7 @@ class EvaluateBlock(_Block):
     limit: int | None = Field(None, ge=1, description="score only the first examples")
     batch_size: int = Field(32, ge=1, description="prompts generated at a time")
     max_new_tokens: int = Field(32, ge=1, description="tokens generated at most")
+    match: Literal["task", "exact"] = Field("task", description="right is what the task's own check says, or equal strings only")
     extract: str | None = Field(None, description="regular expression; its last match in the output is the answer")
 
 
@@ -79,7 +81,7 @@ class Config(_Block):
     """A whole run file."""
 
     model: ModelBlock = Field(default_factory=lambda: ModelBlock.model_validate({}))
-    method: dict[str, Any] = Field(default_factory=lambda: {"name": "s2ft"})
+    method: dict[str, Any]
     data: DataBlock
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: EvaluateBlock | None = None
@@ -90,7 +92,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Args:
         source: path of a YAML file, or the blocks as a mapping.
-        overrides: `block.key=value` strings; values are YAML (`train.learning_rate=1e-3`).
+        overrides: `block.key=value` strings; values are YAML (`train.learning_rate=1e-3`). A whole block is replaced by
+            a mapping: `method={name: lora, r: 8}`.
 
     Raises:
         ValueError: all problems in one message, a line each: what is wrong, and the nearest known key.
@@ -98,13 +101,15 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     raw = _read(source)
     for override in overrides:
         _override(raw, override)
+    if isinstance(raw.setdefault("method", {}), dict):
+        raw["method"] = {"name": "s2ft"} | raw["method"]
     problems: list[str] = []
     config = None
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         problems += [_explain(e) for e in error.errors()]
-    problems += _method_problems(raw.get("method", {"name": "s2ft"}))
+    problems += _method_problems(raw["method"])
     problems += _train_problems(raw.get("train", {}))
     if problems:
         lead = "" if len(problems) == 1 else f"{len(problems)} problems in the run file:\n  "
@@ -159,16 +164,17 @@ for _first in "-+0123456789":
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
+    path, equals, text = override.partition("=")
     steps = path.split(".")
-    if not equals or len(steps) < 2 or not all(steps):
+    value = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    if not equals or not all(steps) or (len(steps) < 2 and not isinstance(value, dict)):
         raise ValueError(f"override {override!r}: write block.key=value, e.g. train.learning_rate=1e-3")
     place = raw
     for step in steps[:-1]:
         place = place.setdefault(step, {})
         if not isinstance(place, dict):
             raise ValueError(f"override {override!r}: {step!r} is not a block")
-    place[steps[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    place[steps[-1]] = value
 
 
 def _explain(error: Any) -> str:
@@ -210,7 +216,14 @@ def _train_problems(train: Any) -> list[str]:
         return []
     from trl.trainer.sft_config import SFTConfig
 
-    return _unknown("train", train.keys(), [f.name for f in dataclasses.fields(SFTConfig)])
+    hints = typing.get_type_hints(SFTConfig)
+    problems = _unknown("train", train.keys(), [f.name for f in dataclasses.fields(SFTConfig)])
+    for key in train.keys() & hints.keys():
+        kinds = set(typing.get_args(hints[key]) or (hints[key],))
+        if kinds <= {int, float, bool, type(None)} and type(train[key]) not in kinds | ({int} if float in kinds else set()):
+            wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
+            problems.append(f"train.{key}={train[key]!r}: wanted is {wanted}")
+    return problems
 
 
 def _unknown(block: str, keys: Any, known: list[str]) -> list[str]:

@@ -146,13 +146,17 @@ def _read(source: str, split: str, block: DataBlock) -> list[Row]:
     reader = _READERS.get(Path(source).suffix)
     if reader is not None and not Path(source).is_file():
         raise ValueError(f"data: {source}: no such file")
+    if reader is not None and Path(source).stat().st_size == 0:
+        raise ValueError(f"data: {source}: holds no rows")
     try:
         if reader is not None:
             data = datasets.load_dataset(reader, data_files=source, split="train")
         else:
             data = datasets.load_dataset(source, block.subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "corresponds to no data" in reason:  # how datasets reports a CSV file with a header alone
+            raise ValueError(f"data: {source}: holds no rows") from error
         raise ValueError(
             f"data: {source!r} cannot be read ({reason}); give a {', '.join(_READERS)} file or a hub data set"
         ) from error

@@ -23,7 +23,7 @@ class Score:
 
     Attributes:
         total: held-out examples.
-        correct: right answers: the task's own check where there is one, else `exact`.
+        correct: right answers: by the task's own check where there is one (and `match: task`), else `exact`.
         exact: answers equal to the expected string, character by character.
         lenient: outputs that contain the expected answer anywhere as a word or number of its own. It forgives every
             format, so lenient − exact is what a better format alone could gain.
@@ -83,7 +83,8 @@ def evaluate(
         max_new_tokens=block.max_new_tokens,
         title=title,
     )
-    records = [_record(row, output, block.extract, verify) for row, output in zip(rows, outputs, strict=True)]
+    check = verify if block.match == "task" else None
+    records = [_record(row, output, block.extract, check) for row, output in zip(rows, outputs, strict=True)]
     counts = {key: sum(record[key] for record in records) for key in ("correct", "exact", "lenient")}
     low, high = wilson(counts["correct"], len(records))
     return Score(total=len(records), low=low, high=high, **counts), records

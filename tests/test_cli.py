@@ -1,0 +1,231 @@
+"""The command line as a user runs it: real processes, a tiny real model folder, real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+import tiny
+from intaglio import Delta
+from intaglio.delta import WEIGHTS
+
+RUN = """
+model: {{name: "{model}"}}
+method: {{name: s2ft, channels: 0.25, heads: 0.5}}
+data:
+  task: reasoning_gym/chain_sum
+  settings: {{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}}
+  train_size: 60
+  test_size: 8
+train:
+  max_steps: 10
+  save_steps: 5
+  logging_steps: 1
+  learning_rate: 1e-2
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 2
+  use_cpu: true
+evaluate: {{max_new_tokens: 4}}
+"""
+
+
+def intaglio(*arguments, cwd, check=True):
+    command = [sys.executable, "-m", "intaglio", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, a run file, and one finished run in runs/run."""
+    folder = tmp_path_factory.mktemp("place")
+    model = tiny.save_folder(folder / "model")
+    (folder / "run.yaml").write_text(RUN.format(model=model))
+    done = intaglio("train", "run.yaml", cwd=folder)
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_train_writes_everything(place):
+    run = place / "runs/run"
+    result = json.loads((run / "run.json").read_text())
+    names = {p.name for p in run.iterdir()}
+    assert {"adapter", "check.safetensors", "answers.jsonl", "loss.png", "accuracy.png", "checkpoint-5", "checkpoint-10"} <= names
+    assert result["training"]["steps"] == 10
+    assert result["training"]["seconds_per_step"] > 0
+    assert result["training"]["peak_memory_bytes"] > 1e7
+    assert [row["step"] for row in result["training"]["history"] if "loss" in row] == list(range(1, 11))
+    assert result["trainable"]["entries"] == Delta.load(run / "adapter").selection.size
+    assert result["trainable"]["share"] == result["trainable"]["entries"] / result["trainable"]["of"]
+    assert result["before"]["total"] == result["after"]["total"] == 8
+    assert result["versions"].keys() >= {"intaglio", "torch", "transformers", "trl", "peft"}
+    losses = [row["loss"] for row in result["training"]["history"] if "loss" in row]
+    assert losses[-1] < losses[0]
+    lines = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    assert [line["when"] for line in lines] == ["before"] * 8 + ["after"] * 8
+    for png in ("loss.png", "accuracy.png"):
+        assert (run / png).read_bytes().startswith(b"\x89PNG")
+    text = (place / "stdout.txt").read_text()
+    for part in ("trainable", "peak memory", "before", "after", "of it format", "of it skill"):
+        assert part in text
+
+
+def test_checkpoints_hold_no_model(place):
+    checkpoint = place / "runs/run/checkpoint-5"
+    names = {p.name for p in checkpoint.iterdir()}
+    assert {"adapter_model.safetensors", "tuner_state.safetensors", "optimizer.pt", "complete.json"} <= names
+    assert not names & {"model.safetensors", "pytorch_model.bin"}
+    selected = Delta.load(checkpoint).selection.size
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    assert sum(t.numel() for s in state.values() for k, t in s.items() if k != "step") == 2 * selected
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 4.5 * selected + 10_000
+
+
+def test_verify_in_a_new_process(place):
+    done = intaglio("verify", "runs/run", "--json", cwd=place)
+    assert json.loads(done.stdout)["equal"] is True
+    broken = safetensors.torch.load_file(place / "runs/run/check.safetensors")
+    broken["logits"] += 1
+    (place / "other").mkdir()
+    for name in ("run.json", "adapter"):
+        (place / "other" / name).symlink_to(place / "runs/run" / name)
+    safetensors.torch.save_file(broken, place / "other/check.safetensors")
+    done = intaglio("verify", "other", cwd=place, check=False)
+    assert done.returncode == 1
+    assert "DIFFERENT" in done.stdout
+
+
+def test_evaluate_gives_the_runs_own_score(place):
+    after = json.loads((place / "runs/run/run.json").read_text())["after"]
+    found = json.loads(intaglio("evaluate", "runs/run", "--json", cwd=place).stdout)
+    assert {key: found[key] for key in after} == after
+    base = json.loads(intaglio("evaluate", "run.yaml", "evaluate.limit=3", "--json", cwd=place).stdout)
+    assert base["total"] == 3
+    assert base["adapter"] is None
+
+
+@pytest.mark.parametrize("method", ["s2ft", "random", "full", "lora"])
+def test_resume_in_a_new_process_is_bit_exact(place, method):
+    """10 steps = 5, a kill, and 5 in a new process; the model is bf16, so full-precision values must survive too."""
+    block = {"s2ft": "{name: s2ft, channels: 0.25, heads: 0.5}", "random": "{name: random, budget: 500}"}
+    settings = [
+        f"method={block.get(method, '{name: ' + method + '}')}",
+        "model.dtype=bfloat16",
+        "evaluate=",
+        "train.save_steps=5",
+    ]
+    whole, halves = f"train.output_dir=runs/whole-{method}", f"train.output_dir=runs/halves-{method}"
+    settings.remove("evaluate=")
+    intaglio("train", "run.yaml", *settings, whole, "evaluate.before=false", "evaluate.limit=1", cwd=place)
+    intaglio("train", "run.yaml", *settings, halves, "evaluate.before=false", "evaluate.limit=1", cwd=place)
+    folder = place / f"runs/halves-{method}"
+    # What a crash after step 5 leaves: no later checkpoint, no result, and one torn folder that must be passed over.
+    for path in ("adapter", "checkpoint-10"):
+        subprocess.run(["rm", "-r", folder / path], check=True)
+    (folder / "run.json").unlink()
+    torn = folder / "checkpoint-7"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text("{")
+    intaglio("train", "run.yaml", *settings, halves, "--resume", "evaluate.before=false", "evaluate.limit=1", cwd=place)
+    result = json.loads((folder / "run.json").read_text())
+    assert result["training"]["resumed_from"] == "checkpoint-5"
+    one = safetensors.torch.load_file(place / f"runs/whole-{method}/adapter/{WEIGHTS}")
+    two = safetensors.torch.load_file(folder / "adapter" / WEIGHTS)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_killed_at_any_moment_resumes(place):
+    """SIGKILL during training; --resume finishes, from a complete checkpoint or from the start."""
+    settings = ["train.output_dir=runs/killed", "train.save_steps=1", "train.max_steps=40", "evaluate.before=false"]
+    command = [sys.executable, "-m", "intaglio", "train", "run.yaml", *settings]
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((place / "runs/killed").glob("checkpoint-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    intaglio("train", "run.yaml", *settings, "--resume", cwd=place)
+    assert json.loads((place / "runs/killed/run.json").read_text())["training"]["steps"] == 40
+
+
+def test_an_earlier_run_is_never_mixed_or_lost(place):
+    before = (place / "runs/run/run.json").read_bytes()
+    done = intaglio("train", "run.yaml", cwd=place, check=False)
+    assert done.returncode == 2
+    assert "--overwrite" in done.stderr
+    assert (place / "runs/run/run.json").read_bytes() == before
+
+
+def test_methods_lists_all(place):
+    from intaglio.methods import METHODS
+
+    listed = json.loads(intaglio("methods", "--json", cwd=place).stdout)
+    assert listed.keys() == METHODS.keys()
+    assert "channels" in intaglio("methods", cwd=place).stdout
+
+
+MISTAKES = {
+    "method": (["method.name=s2tf"], "did you mean 's2ft'"),
+    "key": (["method.chanels=0.1"], "did you mean 'channels'"),
+    "target": (["method.targets=[downn]"], "unknown 'downn'"),
+    "share 0": (["method.channels=0.0"], "above 0"),
+    "share above 1": (["method.channels=1.01"], "at most 1.0"),
+    "budget of nothing": (["method={name: random, budget: 1e-9}"], "rounds to nothing"),
+    "missing data": (["data={train: nowhere.jsonl}"], "nowhere.jsonl: no such file"),
+    "missing model": (["model.name=nobody/nothing"], "model.name='nobody/nothing'"),
+    "missing folder": (["model.name=./nowhere"], "model.name='./nowhere'"),
+    "train value": (["train.learning_rate=fast"], "train.learning_rate='fast': wanted is float"),
+    "run file": None,
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_clear_line(place, mistake):
+    overrides, message = MISTAKES[mistake] or ([], "absent.yaml: no such run file")
+    file = "absent.yaml" if MISTAKES[mistake] is None else "run.yaml"
+    done = intaglio("train", file, *overrides, "train.output_dir=runs/never", cwd=place, check=False)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert not (place / "runs/never/adapter").exists()
+
+
+def test_debug_shows_the_traceback(place):
+    done = intaglio("train", "absent.yaml", "--debug", cwd=place, check=False)
+    assert "Traceback" in done.stderr
+
+
+def test_messages_need_a_chat_template(place, tmp_path):
+    bare = tiny.save_folder(tmp_path / "bare", chat=False)
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "empty.jsonl").write_text("")
+    settings = ["train.output_dir=runs/never", f"data={{train: {tmp_path / 'chat.jsonl'}, test_size: 1}}"]
+    done = intaglio("train", "run.yaml", f"model.name={bare}", *settings, cwd=place, check=False)
+    assert done.returncode == 2
+    assert "no chat template" in done.stderr
+    done = intaglio("train", "run.yaml", f"data={{train: {tmp_path / 'empty.jsonl'}}}", settings[0], cwd=place, check=False)
+    assert done.returncode == 2
+    assert "holds no rows" in done.stderr
+    trained = intaglio("train", "run.yaml", settings[1], "train.output_dir=runs/chat", "train.max_steps=2", "--json", cwd=place)
+    assert json.loads(trained.stdout)["after"]["total"] == 1
+
+
+def test_a_foreign_adapter_is_refused(place, tmp_path):
+    other = tiny.save_folder(tmp_path / "other", seed=5)
+    done = intaglio("evaluate", "run.yaml", f"model.name={other}", "--adapter", "runs/run/adapter", cwd=place, check=False)
+    assert done.returncode == 2
+    assert "fingerprint" in done.stderr
+    done = intaglio("evaluate", "run.yaml", "--adapter", "runs", cwd=place, check=False)
+    assert done.returncode == 2
+    assert "not an adapter folder" in done.stderr

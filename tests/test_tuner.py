@@ -1,0 +1,222 @@
+"""Training through slots against plain full fine-tuning with masks, the oracle."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import tiny
+from intaglio import S2FT, Full, PaFi, Random, Selection, attach
+from intaglio.methods import build
+from intaglio.structure import describe
+
+
+def run(model, parameters, optimizer, *, steps=20, mask=None):
+    """AdamW steps of two micro-batches with clipping; `mask` keeps only chosen gradients."""
+    for step in range(steps):
+        for micro in range(2):
+            (model(**tiny.batch("gqa_llama", seed=10 * step + micro)).loss / 2).backward()
+        if mask is not None:
+            for name, parameter in model.named_parameters():
+                parameter.grad = mask(name, parameter)
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", [S2FT(channels=0.25, heads=0.5), Random(budget=0.1), Full()], ids=lambda m: m.name)
+def test_twenty_steps_equal_masked_full_fine_tuning(method):
+    """S2FT checklist 6: fp64, AdamW, two micro-batches, clipping: below 1e-12."""
+    model = tiny.build("gqa_llama", dtype=torch.float64)
+    dense = copy.deepcopy(model)
+    tuner = attach(model, method)
+    run(model, tuner.parameters(), tuner.optimizer(torch.optim.AdamW, lr=1e-3, weight_decay=0.0))
+
+    def mask(name, parameter):
+        if name not in tuner.selection:
+            return None
+        kept = torch.zeros_like(parameter).flatten()
+        flat = tuner.selection[name].flat()
+        kept[flat] = parameter.grad.flatten()[flat]
+        return kept.view_as(parameter)
+
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-3, weight_decay=0.0)
+    run(dense, list(dense.parameters()), optimizer, mask=mask)
+    for (name, got), want in zip(model.named_parameters(), dense.parameters(), strict=False):
+        if not name.startswith("intaglio_slots"):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_small_updates_survive_bf16():
+    """S2FT checklist 10: 100 steps at lr 1e-5 on a bf16 model stay within 1 % of the fp32 run's update norm."""
+    norms = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny.build("gqa_llama", dtype=torch.bfloat16).to(dtype)
+        tuner = attach(model, S2FT(channels=0.25, heads=0.5))
+        start = [p.detach().clone() for p in tuner.parameters()]
+        optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
+        for step in range(100):
+            model(**tiny.batch("gqa_llama", seed=step % 4)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        norms[dtype] = torch.cat([(p - s).flatten() for p, s in zip(tuner.parameters(), start, strict=True)]).norm()
+    assert norms[torch.float32] > 1e-3
+    assert abs(norms[torch.bfloat16] / norms[torch.float32] - 1) < 0.01
+
+
+def test_a_step_without_backward_changes_nothing():
+    model = tiny.build("gqa_llama")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = attach(model, S2FT(channels=0.25, heads=0.5)).optimizer(torch.optim.AdamW, lr=1.0, weight_decay=0.5)
+    optimizer.step()
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adafactor, torch.optim.NAdam])
+def test_any_torch_optimizer_keeps_weights_in_step(optimizer_cls):
+    model = tiny.build("gqa_llama", dtype=torch.bfloat16)
+    tuner = attach(model, S2FT(channels=0.25, heads=0.5))
+    optimizer = tuner.optimizer(optimizer_cls, lr=0.01)
+    model(**tiny.batch("gqa_llama")).loss.backward()
+    optimizer.step()
+    assert not any(slot.is_stale() for slot in tuner.slots)
+    assert tuner.step == 1
+
+
+def test_an_unwatched_optimizer_loses_nothing_and_is_reported():
+    model = tiny.build("gqa_llama")
+    tuner = attach(model, S2FT(channels=0.25, heads=0.5))
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    model(**tiny.batch("gqa_llama")).loss.backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="tuner.watch"):
+        tuner.delta()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuner.delta()
+
+
+def test_casting_the_model_leaves_slots_in_fp32():
+    model = tiny.build("gqa_llama")
+    tuner = attach(model, S2FT(channels=0.25, heads=0.5))
+    model.bfloat16()
+    assert {p.dtype for p in tuner.parameters()} == {torch.float32}
+    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
+    model(**tiny.batch("gqa_llama")).loss.backward()
+    optimizer.step()
+    assert not any(slot.is_stale() for slot in tuner.slots)
+
+
+def test_deepcopy_trains_the_copy_alone():
+    model = tiny.build("gqa_llama")
+    attach(model, S2FT(channels=0.25, heads=0.5))
+    twin = copy.deepcopy(model)
+    twin(**tiny.batch("gqa_llama")).loss.backward()
+    assert all(slot.values.grad is not None for slot in twin.intaglio_slots)
+    assert all(slot.values.grad is None for slot in model.intaglio_slots)
+
+
+def test_state_dict_and_save_pretrained_stay_ordinary(tmp_path):
+    import transformers as tf
+
+    model = tiny.build("gqa_llama")
+    keys = list(model.state_dict())
+    tuner = attach(model, S2FT(channels=0.25, heads=0.5))
+    optimizer = tuner.optimizer(torch.optim.SGD, lr=0.5)
+    model(**tiny.batch("gqa_llama")).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    assert list(model.state_dict()) == keys
+    stock = tf.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    batch = tiny.batch("gqa_llama")
+    assert torch.equal(stock(**batch).logits, model(**batch).logits)
+
+
+def test_attach_refuses_and_leaves_the_model_unchanged():
+    model = tiny.build("gqa_llama")
+    before, required = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    cases = [
+        (S2FT(channels=0.25, heads=0.01), "rounds to nothing"),
+        (S2FT(channels=0.25, heads=9), "S2FT.heads=9"),
+        (Random(budget=10**9), "budget=1000000000"),
+        (Random(include=("*.nothing.*",)), "matches no parameter"),
+        (Full(include=("x",)), "names look like"),
+    ]
+    for method, message in cases:
+        with pytest.raises(ValueError, match=message):
+            attach(model, method)
+    quantized = torch.nn.Linear(4, 4)
+    quantized.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        attach(quantized, PaFi(include=("weight",)))
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    tuner = attach(model, S2FT(channels=0.25, heads=0.5))
+    with pytest.raises(ValueError, match="attached already"):
+        attach(model, Full())
+    tuner.detach()
+    attach(model, Full())
+
+
+def test_missing_projection_names_what_exists():
+    with pytest.raises(ValueError, match=r"no gate projection; it has q, k, v, o, up, down"):
+        attach(tiny.build("opt"), S2FT(channels=0.25, targets=("gate",)))
+    with pytest.raises(ValueError, match="no o projection; it has up, down"):
+        attach(tiny.Homemade(), S2FT(heads=0.5, channels=0.25))
+    assert attach(tiny.Homemade(), S2FT(heads=None, channels=0.25, targets=("down",))).selection.size == 2 * 5 * 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "s3ft"}, "did you mean 's2ft'"),
+        ({"name": "s2ft", "chanels": 0.1}, "did you mean 'channels'"),
+        ({"name": "s2ft", "channels": 0.0}, "above 0"),
+        ({"name": "s2ft", "channels": 1.5}, "at most 1.0"),
+        ({"name": "s2ft", "heads": -1}, "above 0"),
+        ({"name": "s2ft", "channels": True}, "give a share"),
+        ({"name": "s2ft", "channels": "lots"}, "give a share"),
+        ({"name": "s2ft", "targets": ["down_proj"]}, "unknown 'down_proj'"),
+        ({"name": "s2ft", "targets": []}, "at least one"),
+        ({"name": "s2ft", "targets": ["o", "o"]}, "each once"),
+        ({"name": "s2ft", "channels": None}, "channels=None but targets name down"),
+        ({"name": "s2ft", "targets": ["down"], "heads": 0.3}, "no effect"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(fields)
+
+
+def test_all_problems_of_a_method_come_at_once():
+    with pytest.raises(ValueError, match=r"unknown 'x'.*channels=2\.0.*heads=0"):
+        S2FT(targets=("x", "o", "down"), channels=2.0, heads=0)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_s2ft_quota_is_exact_and_even(name):
+    """S2FT checklist 13: the total is the rounded share, and layers differ by at most one unit."""
+    model = tiny.build(name)
+    layers = describe(model)
+    for share in (0.05, 0.3, 0.5, 0.77, 1.0):
+        selection, _ = S2FT(channels=share, targets=("down",)).select({}, model, 0, None, Selection())
+        counts = [len(selection[layer.projections["down"].parameter].index) for layer in layers]
+        units = layers[0].projections["down"].units
+        assert sum(counts) == int(share * units * len(layers) + 0.5)
+        assert max(counts) - min(counts) <= 1
+
+
+def test_s2ft_seed_fixes_the_units_for_ever():
+    """A changed draw would silently change what every recipe trains."""
+    selection, _ = S2FT(channels=6, heads=4, seed=0).select({}, tiny.build("gqa_llama"), 0, None, Selection())
+    chosen = {name.removeprefix("model.layers."): entries.index.tolist() for name, entries in selection.items()}
+    assert chosen == EXPECTED
+
+
+EXPECTED = {
+    "0.self_attn.o_proj.weight": list(range(16)),
+    "0.mlp.down_proj.weight": [0, 27, 33],
+    "1.self_attn.o_proj.weight": list(range(16, 32)),
+    "1.mlp.down_proj.weight": [10, 24, 47],
+}
