@@ -7,13 +7,12 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint format clean bench help
+.PHONY: demo test lint format clean help
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
 	@echo "make test    the whole test-suite        make lint    ruff, pyright, import-linter"
-	@echo "make format  rewrite with ruff           make bench   benchmarks, into benchmarks/results/"
-	@echo "make clean   remove $(VENV)"
+	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
 
 # CPU torch first: a plain `torch` brings gigabytes of CUDA on Linux. Set TORCH= to a CUDA build for a GPU.
 TORCH ?= torch==2.13.0
@@ -45,9 +44,6 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-bench: $(DEMO_READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/footprint.py
 
 clean:
 	rm -rf $(VENV)

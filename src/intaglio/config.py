@@ -122,7 +122,7 @@ def sft_config(train: Mapping[str, Any], output_dir: str) -> Any:
     """SFTConfig from the train block.
 
     Defaults are TRL's, but for: no reporting service unless `report_to` names one, bf16 only on a GPU, and no
-    gradient checkpointing (what a sparse method keeps for backward is small; set it where memory is short).
+    activation checkpointing (what a sparse method keeps for backward is small; set it where memory is short).
 
     Raises:
         ValueError: where SFTConfig refuses a value.
@@ -130,7 +130,12 @@ def sft_config(train: Mapping[str, Any], output_dir: str) -> Any:
     import torch
     from trl.trainer.sft_config import SFTConfig
 
-    ours: dict[str, Any] = {"report_to": "none", "bf16": torch.cuda.is_available(), "gradient_checkpointing": False}
+    gpu = torch.cuda.is_available()
+    ours: dict[str, Any] = {"report_to": "none", "bf16": gpu, "dataloader_pin_memory": gpu}
+    checkpointing = ("activation_checkpointing", "gradient_checkpointing")  # the new name, and that of transformers < 5.20
+    if not train.keys() & set(checkpointing):
+        known = {f.name for f in dataclasses.fields(SFTConfig)}
+        ours[next(name for name in checkpointing if name in known)] = False
     fields: dict[str, Any] = ours | {"output_dir": output_dir} | dict(train)
     try:
         return SFTConfig(**fields)

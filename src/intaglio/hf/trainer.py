@@ -37,6 +37,9 @@ class CheckpointedSFTTrainer(SFTTrainer):
         if self.args.should_save and folder.exists():
             _write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}).encode())
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: the adapter has its own, and the Trainer's would describe a full model."""
+
 
 class SparseTrainer(CheckpointedSFTTrainer):
     """SFTTrainer for an attached model.
