@@ -36,18 +36,18 @@ def test_top_k_large_and_low_precision(dtype):
     torch.manual_seed(0)
     scores = {name: torch.randn(40, 50).to(dtype) for name in "abc"}
     for k in (1, 777, 5999, 6000):
-        chosen = top_k(scores, k)
+        chosen = top_k(scores.items(), k)
         assert {n: e.flat().tolist() for n, e in chosen.items()} == oracle(scores, k)
 
 
 def test_top_k_known_ties():
     """The three tie cases that the authors' ID3 code gets wrong (reference/id3.md, section 5, rows 5 to 7)."""
     ones = torch.ones(3)
-    assert top_k({"a": ones, "b": torch.tensor([5.0, 6.0])}, 3) == Selection(
+    assert top_k({"a": ones, "b": torch.tensor([5.0, 6.0])}.items(), 3) == Selection(
         {"a": Elements((3,), torch.tensor([0])), "b": Whole((2,))}
     )
-    assert top_k({"a": torch.tensor([10.0, 1, 1, 1])}, 2)["a"].flat().tolist() == [0, 1]
-    assert top_k({n: torch.ones(5) for n in "abcd"}, 10) == Selection({"a": Whole((5,)), "b": Whole((5,))})
+    assert top_k({"a": torch.tensor([10.0, 1, 1, 1])}.items(), 2)["a"].flat().tolist() == [0, 1]
+    assert top_k({n: torch.ones(5) for n in "abcd"}.items(), 10) == Selection({"a": Whole((5,)), "b": Whole((5,))})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_top_k_known_ties():
 )
 def test_top_k_refuses(scores, k, message):
     with pytest.raises(ValueError, match=message):
-        top_k({"a": torch.tensor(scores)}, k)
+        top_k({"a": torch.tensor(scores)}.items(), k)
 
 
 ENTRIES = [

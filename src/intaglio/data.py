@@ -142,6 +142,7 @@ def _task_row(item: Mapping[str, Any], chat: bool) -> Row:
 
 def _read(source: str, split: str, block: DataBlock) -> list[Row]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     reader = _READERS.get(Path(source).suffix)
     if reader is not None and not Path(source).is_file():
@@ -153,7 +154,7 @@ def _read(source: str, split: str, block: DataBlock) -> list[Row]:
             data = datasets.load_dataset(reader, data_files=source, split="train")
         else:
             data = datasets.load_dataset(source, block.subset, split=split)
-    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "corresponds to no data" in reason:  # how datasets reports a CSV file with a header alone
             raise ValueError(f"data: {source}: holds no rows") from error

@@ -306,14 +306,14 @@ def resolve_budget(budget: int | float, total: int, *, name: str = "budget") -> 
 
 
 @torch.no_grad()
-def top_k(scores: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], k: int) -> Selection:
+def top_k(scores: Iterable[tuple[str, Tensor]], k: int) -> Selection:
     """Choose the k highest scores over all tensors, exactly, also under ties.
 
     Total order: score descending, then tensor order, then flat offset ascending. Tensors may come from a generator;
     one is held at a time, beside a buffer of at most k candidates.
 
     Args:
-        scores: name → score tensor of the parameter's shape, any float dtype, finite or ±inf; higher is better.
+        scores: pairs of name and score tensor (the parameter's shape, any float type, finite or ±inf); higher is better.
         k: number of entries, 1 ≤ k ≤ all entries.
 
     Returns:
@@ -326,7 +326,7 @@ def top_k(scores: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], k: int) -
         raise ValueError(f"k={k}: must be at least 1")
     shapes: dict[str, tuple[int, ...]] = {}
     best, owner, offset = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    for rank, (name, score) in enumerate(_pairs(scores)):
+    for rank, (name, score) in enumerate(scores):
         shapes[name] = tuple(score.shape)
         flat = score.reshape(-1).to(torch.promote_types(score.dtype, torch.float32))
         if bool(flat.isnan().any()):
@@ -342,13 +342,6 @@ def top_k(scores: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], k: int) -
         raise ValueError(f"k={k}: more than the {best.numel():,} entries scored")
     chosen = {name: offset[owner == rank].sort().values for rank, name in enumerate(shapes)}
     return Selection({name: _from_flat(shapes[name], flat) for name, flat in chosen.items() if flat.numel()})
-
-
-def _pairs(scores: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(scores, Mapping):
-        yield from scores.items()
-    else:
-        yield from scores
 
 
 def _leading(flat: Tensor, k: int) -> Tensor:

@@ -1,0 +1,127 @@
+"""Documents are true: their code runs, their tables are the code's, recipes and examples work on a tiny model."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+import tiny
+from intaglio import config as run_config
+from intaglio.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def section(page, marker):
+    """The text between a marker comment and the next blank line after the block it announces."""
+    match = re.search(rf"<!-- {re.escape(marker)} -->\n\n?(.*?)(?:\n\n|\Z)", page.read_text(), re.DOTALL)
+    assert match, marker
+    return match.group(1)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    return tiny.save_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def on_a_tiny_model(monkeypatch, tmp_path, tiny_folder):
+    """In an empty folder, with the hub's model swapped for a tiny one on disk."""
+    monkeypatch.chdir(tmp_path)
+    return lambda code: code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny_folder).replace("heads=0.06", "heads=0.25")
+
+
+def test_readme_code_runs(on_a_tiny_model):
+    for code in blocks(ROOT / "README.md", "python"):
+        names: dict = {}
+        exec(on_a_tiny_model(code), names)
+        assert all(torch.isfinite(p).all() for p in names["fresh"].parameters())
+    assert Path("adapter/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.name)
+def test_python_in_the_docs_runs(page, on_a_tiny_model):
+    for code in blocks(ROOT / "README.md", "python"):
+        exec(on_a_tiny_model(code), {})  # leaves the adapter that docs/adapter-format.md loads
+    for code in blocks(page, "python"):
+        exec(on_a_tiny_model(code), {})
+
+
+def test_run_files_in_the_docs_are_valid(tmp_path):
+    found = 0
+    for page in PAGES:
+        for text in blocks(page, "yaml"):
+            path = tmp_path / "run.yaml"
+            path.write_text(text)
+            run_config.load_config(path, [] if "data:" in text else ["data.task=reasoning_gym/gcd"])
+            found += 1
+    assert found >= 2
+
+
+def test_commands_in_the_docs_exist():
+    """Every `intaglio …` and `make …` line names a real command, real options and valid overrides."""
+    commands = re.findall(r"@app.command\(\)\ndef (\w+)", (ROOT / "src/intaglio/cli.py").read_text())
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    seen = set()
+    for page in PAGES:
+        for line in "\n".join(blocks(page, "bash")).splitlines():
+            words = re.findall(r'"[^"]*"|\S+', line.split("#")[0])
+            if words[:1] == ["make"]:
+                assert words[1] in targets
+            if words[:1] == ["intaglio"]:
+                assert words[1] in commands
+                seen.add(words[1])
+                overrides = [word.strip('"') for word in words[3:] if "=" in word]
+                run_config.load_config({"data": {"task": "reasoning_gym/gcd"}}, overrides)
+    assert seen == set(commands)
+
+
+def test_methods_table_is_the_registry():
+    rows = ["| method | `name` | what it trains |", "|---|---|---|"]
+    rows += [f"| `{cls.__name__}` | `{name}` | {cls.summary} |" for name, cls in METHODS.items()]
+    assert section(ROOT / "README.md", "methods").splitlines() == rows
+
+
+@pytest.mark.parametrize("block", ["DataBlock", "EvaluateBlock"])
+def test_key_tables_are_the_models(block):
+    model: type[BaseModel] = getattr(run_config, block)
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    rows += [f"| `{key}` | `{field.default!r}` | {field.description} |" for key, field in model.model_fields.items()]
+    assert section(ROOT / "docs/run-file.md", f"fields: {block}").splitlines() == rows
+
+
+def run(*command, cwd):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_run(recipe, tmp_path, tiny_folder):
+    settings = [f"model.name={tiny_folder}", "train.max_steps=2", "evaluate.limit=2", "method.heads=0.25", "train.use_cpu=true"]
+    run("-m", "intaglio", "train", recipe, *settings, cwd=tmp_path)
+    assert (tmp_path / "runs" / recipe.stem / "adapter/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_run_and_are_short(example, tmp_path, tiny_folder):
+    assert len(example.read_text().splitlines()) < 60
+    assert "logits equal" in run(example, tiny_folder, cwd=tmp_path)
+
+
+def test_no_machine_paths_in_the_tree():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert listed
+    for name in listed:
+        assert (ROOT / name).stat().st_size < 1_000_000
