@@ -229,3 +229,20 @@ def test_a_foreign_adapter_is_refused(place, tmp_path):
     done = intaglio("evaluate", "run.yaml", "--adapter", "runs", cwd=place, check=False)
     assert done.returncode == 2
     assert "not an adapter folder" in done.stderr
+
+
+def test_loss_on_held_out_rows_and_the_best_checkpoint(place):
+    settings = ["train.eval_strategy=steps", "train.eval_steps=5", "train.load_best_model_at_end=true", "evaluate.limit=1"]
+    intaglio("train", "run.yaml", *settings, "train.output_dir=runs/best", cwd=place)
+    history = json.loads((place / "runs/best/run.json").read_text())["training"]["history"]
+    losses = {row["step"]: row["eval_loss"] for row in history if "eval_loss" in row}
+    assert losses.keys() == {5, 10}
+    best = Delta.load(place / f"runs/best/checkpoint-{min(losses, key=losses.__getitem__)}")
+    final = Delta.load(place / "runs/best/adapter")
+    assert all(torch.equal(final.values[name], best.values[name]) for name in best.selection)
+    (place / "text.jsonl").write_text('{"text": "abc"}\n' * 3)
+    mistake = ["data={train: text.jsonl}", "train.eval_strategy=steps", "train.output_dir=runs/never"]
+    (place / "text.yaml").write_text(f"model: {{name: {place / 'model'}}}\n")
+    done = intaglio("train", "text.yaml", *mistake, cwd=place, check=False)
+    assert done.returncode == 2
+    assert "no held-out rows" in done.stderr

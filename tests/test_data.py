@@ -82,7 +82,9 @@ def test_files(tmp_path, kind):
     assert examples.train == ROWS
     assert examples.test == [{"prompt": f"q{i}", "answer": f"a{i}"} for i in range(3)]
     assert examples.verify is None
-    assert list(examples.dataset()) == ROWS
+    sets = examples.datasets()
+    assert list(sets["train_dataset"]) == ROWS
+    assert list(sets["eval_dataset"]) == examples.held_out == ROWS[:3]
 
 
 def test_held_out_rows_leave_the_training_rows(tmp_path):
@@ -108,7 +110,7 @@ def test_formats_columns_and_chat(tmp_path):
     assert wrapped["completion"] == [{"role": "assistant", "content": wrapped["completion"][0]["content"]}]
     text = load_examples(block(train=write(tmp_path / "t.jsonl", [{"text": "abc"}] * 3)))
     assert text.train == [{"text": "abc"}] * 3
-    assert text.test == []
+    assert text.test == text.held_out == []
 
 
 def test_bad_files(tmp_path):

@@ -290,3 +290,19 @@ def test_card_and_config_name_the_base_but_no_path(tmp_path):
     model = tiny.build("gqa_llama")
     model.config._name_or_path = str(tmp_path)
     assert str(tmp_path) not in (attach(model, METHODS[0]).save(tmp_path / "b") / CONFIG).read_text()
+
+
+def test_applying_under_a_tuner_is_refused(adapter):
+    model = tiny.build("gqa_llama", dtype=torch.bfloat16)
+    attach(model, METHODS[0])
+    before = state(model)
+    with pytest.raises(ValueError, match="tuner attached"):
+        Delta.load(adapter).apply_(model)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("change", [{"parameters": []}, {"parameters": {"w": 1}}, {"method": "x"}, {"sha256": 1}])
+def test_a_config_of_wrong_types_is_refused(adapter, change):
+    rewrite(adapter, config=change)
+    with pytest.raises(ValueError, match="damaged"):
+        Delta.load(adapter)

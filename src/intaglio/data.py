@@ -33,17 +33,26 @@ _HELD_OUT = 1_000_000_000
 
 @dataclass(frozen=True)
 class Examples:
-    """Training rows, held-out rows with `prompt` and `answer`, and the task's own check of an answer, if it has one."""
+    """What a data block gives.
+
+    Attributes:
+        train: training rows, with the columns TRL reads and no others.
+        held_out: held-out rows in the same form, for the loss on them (`train.eval_strategy`).
+        test: the same rows as `prompt` and `answer`, for scoring; none of text rows.
+        verify: the task's own check of an answer, if it has one.
+    """
 
     train: list[Row]
+    held_out: list[Row]
     test: list[Row]
     verify: Verify | None = None
 
-    def dataset(self) -> Dataset:
-        """The training rows as TRL takes them."""
+    def datasets(self) -> dict[str, Dataset | None]:
+        """The rows as SFTTrainer's `train_dataset` and `eval_dataset`."""
         from datasets import Dataset
 
-        return Dataset.from_list(self.train)
+        held_out = Dataset.from_list(self.held_out) if self.held_out else None
+        return {"train_dataset": Dataset.from_list(self.train), "eval_dataset": held_out}
 
 
 def load_examples(block: DataBlock) -> Examples:
@@ -60,7 +69,8 @@ def load_examples(block: DataBlock) -> Examples:
         train, test = rows, _read(block.test, block.test_split, block)
     else:
         train, test = _hold_out(rows, block)
-    return Examples([_training_row(row) for row in train], [_test_row(row) for row in test if "text" not in row])
+    scored = [_test_row(row) for row in test if "text" not in row]
+    return Examples([_training_row(row) for row in train], [_training_row(row) for row in test], scored)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
@@ -91,9 +101,9 @@ def _generate(block: DataBlock) -> Examples:
             f"beside train_size={block.train_size}; widen data.settings or ask for less"
         )
     scorer = gym.create_dataset(name, size=1, seed=block.seed, **block.settings)
-    rows = [_task_row(item, block.chat) for item in train]
-    test = [_task_row(item, block.chat) | {"item": item} for item in held_out]
-    return Examples(rows, test, lambda answer, row: float(scorer.score_answer(answer, row["item"])))
+    rows, test = ([_task_row(item, block.chat) for item in items] for items in (train, held_out))
+    scored = [_test_row(row) | {"item": item} for row, item in zip(test, held_out, strict=True)]
+    return Examples(rows, test, scored, lambda answer, row: float(scorer.score_answer(answer, row["item"])))
 
 
 def _gym(task: str) -> tuple[Any, str]:
@@ -133,7 +143,7 @@ def _distinct(items: Iterator[Mapping[str, Any]], size: int, excluded: Any, *, r
 
 
 def _task_row(item: Mapping[str, Any], chat: bool) -> Row:
-    row = {"prompt": item["question"], "completion": f" {item['answer']}", "answer": str(item["answer"])}
+    row = {"prompt": item["question"], "completion": f" {item['answer']}"}
     return _as_chat(row) if chat else row
 
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from .selection import Elements, Entries, Selection, Slices, Whole
-from .slots import fingerprint
+from .slots import Slots, fingerprint
 
-__all__ = ["Delta"]
+__all__ = ["Delta", "read_config"]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 1
@@ -71,6 +71,8 @@ class Delta:
             ValueError: where a parameter is missing or of another shape or type, where the model holds other base
                 values at these places (a wrong base), or where this Delta is applied already.
         """
+        if Slots.REGISTERED_AS in model._modules:
+            raise ValueError("the model has a tuner attached, whose next step would overwrite this; call its detach() first")
         if self._originals is not None:
             raise ValueError("this Delta is applied already; call revert_ first, or load the folder a second time")
         self._originals = self._check_base(model)
@@ -122,7 +124,7 @@ class Delta:
             ValueError: naming the file or parameter, for a missing, damaged, truncated or inconsistent folder.
         """
         folder = Path(directory)
-        config = _read_config(folder)
+        config = _own_config(folder)
         raw = _read_weights(folder / WEIGHTS, config["sha256"])
         selection, values, fingerprints = {}, {}, {}
         for name, record in config["parameters"].items():
@@ -251,7 +253,12 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of an adapter folder of any type.
+
+    Raises:
+        ValueError: where there is none, or it is not a JSON mapping.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder}: not an adapter folder, it has no {CONFIG}")
@@ -259,7 +266,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "INTAGLIO":
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: damaged, not a mapping")
+    return config
+
+
+def _own_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder of ours, checked as far as it goes without the weights."""
+    path, config = folder / CONFIG, read_config(folder)
+    if config.get("peft_type") != "INTAGLIO":
         raise ValueError(f"{path}: not an Intaglio adapter (peft_type is not INTAGLIO)")
     if config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version")
@@ -267,6 +282,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = {"base_model_name_or_path", "method", "parameters", "sha256"} - config.keys()
     if missing:
         raise ValueError(f"{path}: damaged, without {', '.join(sorted(missing))}")
+    records = config["parameters"]
+    if not isinstance(records, dict) or not all(isinstance(r, dict) and "fingerprint" in r for r in records.values()):
+        raise ValueError(f"{path}: damaged, its parameters are not records with a fingerprint")
+    if not isinstance(config["method"], dict) or not isinstance(config["sha256"], str):
+        raise ValueError(f"{path}: damaged, method or sha256 is of the wrong type")
     return config
 
 

@@ -52,12 +52,13 @@ def verify(run: Path) -> dict[str, Any]:
 
 
 def _load(config: Config, adapter: Path | None) -> tuple[Any, Any]:
+    from .delta import read_config
     from .hf.models import check_available, load_model, load_tokenizer
     from .hf.verify import apply_adapter
 
     check_available(config.model.name, **config.model.kwargs())
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise ValueError(f"adapter={str(adapter)!r}: not an adapter folder, it has no adapter_config.json")
+    if adapter is not None:
+        read_config(adapter)  # before any weights are read
     tokenizer = load_tokenizer(config.model.name)
     model = load_model(config.model.name, **config.model.kwargs())
     return (model if adapter is None else apply_adapter(model, adapter)), tokenizer

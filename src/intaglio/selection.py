@@ -310,7 +310,7 @@ def top_k(scores: Iterable[tuple[str, Tensor]], k: int) -> Selection:
     """Choose the k highest scores over all tensors, exactly, also under ties.
 
     Total order: score descending, then tensor order, then flat offset ascending. Tensors may come from a generator;
-    one is held at a time, beside a buffer of at most k candidates.
+    one is held at a time, beside a buffer of a few k candidates.
 
     Args:
         scores: pairs of name and score tensor (the parameter's shape, any float type, finite or ±inf); higher is better.
@@ -325,23 +325,53 @@ def top_k(scores: Iterable[tuple[str, Tensor]], k: int) -> Selection:
     if k < 1:
         raise ValueError(f"k={k}: must be at least 1")
     shapes: dict[str, tuple[int, ...]] = {}
-    best, owner, offset = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    best = _Candidates(k)
     for rank, (name, score) in enumerate(scores):
         shapes[name] = tuple(score.shape)
         flat = score.reshape(-1).to(torch.promote_types(score.dtype, torch.float32))
         if bool(flat.isnan().any()):
             raise ValueError(f"the score of {name!r} is NaN")
-        # Once k candidates exist, a later tensor wins only with a strictly better score.
-        keep = (flat > best[-1].to(flat)).nonzero().flatten() if best.numel() == k else _leading(flat, k)
-        values = torch.cat([best, flat[keep].cpu()])
-        owner = torch.cat([owner, torch.full((keep.numel(),), rank)])
-        offset = torch.cat([offset, keep.cpu()])
-        best, order = torch.sort(values, descending=True, stable=True)
-        best, owner, offset = best[:k], owner[order[:k]], offset[order[:k]]
-    if k > best.numel():
-        raise ValueError(f"k={k}: more than the {best.numel():,} entries scored")
+        best.add(rank, flat)
+    owner, offset = best.winners()
     chosen = {name: offset[owner == rank].sort().values for rank, name in enumerate(shapes)}
     return Selection({name: _from_flat(shapes[name], flat) for name, flat in chosen.items() if flat.numel()})
+
+
+class _Candidates:
+    """The k best of all scores added so far, in a buffer of at most 3k: sorted only when it is full."""
+
+    def __init__(self, k: int) -> None:
+        self._k, self._threshold = k, float("-inf")
+        self._score, self._owner, self._offset = (
+            torch.empty(0),
+            torch.empty(0, dtype=torch.int64),
+            torch.empty(0, dtype=torch.int64),
+        )
+        self._full = False
+
+    def add(self, rank: int, flat: Tensor) -> None:
+        """Add a tensor's scores; tensors come in order, so a tie with what is held loses."""
+        keep = (flat > self._threshold).nonzero().flatten() if self._full else torch.arange(flat.numel(), device=flat.device)
+        if keep.numel() > self._k:
+            keep = keep[_leading(flat[keep], self._k)]
+        self._score = torch.cat([self._score, flat[keep].cpu()])
+        self._owner = torch.cat([self._owner, torch.full((keep.numel(),), rank)])
+        self._offset = torch.cat([self._offset, keep.cpu()])
+        if self._score.numel() > 2 * self._k:
+            self._prune()
+
+    def winners(self) -> tuple[Tensor, Tensor]:
+        """(tensor rank, flat offset) of the k best."""
+        if self._score.numel() < self._k:
+            raise ValueError(f"k={self._k}: more than the {self._score.numel():,} entries scored")
+        self._prune()
+        return self._owner, self._offset
+
+    def _prune(self) -> None:
+        # Stable, and what is held stands before what came later: ties keep tensor order, then offset order.
+        order = torch.sort(self._score, descending=True, stable=True).indices[: self._k]
+        self._score, self._owner, self._offset = self._score[order], self._owner[order], self._offset[order]
+        self._full, self._threshold = True, self._score[-1].item()
 
 
 def _leading(flat: Tensor, k: int) -> Tensor:

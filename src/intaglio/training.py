@@ -96,6 +96,8 @@ def _setup(config: Config, output: Path) -> Run:
     examples = load_examples(config.data)
     if config.evaluate is not None and not examples.test:
         raise ValueError("evaluate: there are no held-out rows with answers to score; drop the block or give data.test")
+    if str(arguments.eval_strategy) != "no" and not examples.held_out:
+        raise ValueError(f"train.eval_strategy={arguments.eval_strategy}: there are no held-out rows; give data.test")
     tokenizer = load_tokenizer(config.model.name)
     if arguments.chat_template_path is None:
         check_tokenizer(tokenizer, examples)
@@ -109,7 +111,7 @@ def _make_trainer(run: Run) -> Any:
     from .methods import build
     from .tuner import attach
 
-    common = {"args": run.arguments, "train_dataset": run.examples.dataset(), "processing_class": run.tokenizer}
+    common: dict[str, Any] = {"args": run.arguments, "processing_class": run.tokenizer, **run.examples.datasets()}
     method: dict[str, Any] = dict(run.config.method)
     if method["name"] in PEFT_METHODS:
         trainer = CheckpointedSFTTrainer(run.model, peft_config=_lora(method), **common)

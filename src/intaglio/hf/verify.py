@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from ..delta import CONFIG, Delta
+from ..delta import Delta, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,10 +28,7 @@ def apply_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Any
     Raises:
         ValueError: where the folder is no adapter, is damaged, or belongs to another base.
     """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise ValueError(f"adapter={str(folder)!r}: not an adapter folder, it has no {CONFIG}")
-    if json.loads(path.read_text(encoding="utf-8")).get("peft_type") == "INTAGLIO":
+    if read_config(Path(folder)).get("peft_type") == "INTAGLIO":
         Delta.load(folder).apply_(model)
         return model
     from peft import PeftModel

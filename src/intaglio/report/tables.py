@@ -16,7 +16,9 @@ def show(kind: str, result: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _ROWS[kind](result):
         table.add_row(label, text, style="bold" if label.isupper() else None)
-    Console().print(table)
+    # Wide enough for one row a line in a file or a log, where there is no terminal to fit.
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def _run(result: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,53 @@
+"""Two processes on gloo: both ranks end with the weights of one process that saw both batches."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import tiny
+from intaglio import S2FT, Full, attach
+
+METHODS = [S2FT(channels=0.25, heads=0.5, targets=("v", "o", "up", "down")), Full()]
+
+
+def halves(step):
+    batch = tiny.batch("gqa_llama", rows=4, seed=step)
+    return [{key: t[:2] for key, t in batch.items()}, {key: t[2:] for key, t in batch.items()}]
+
+
+def train(method, model, wrapped, pick):
+    tuner = attach(model, method)
+    run = wrapped(model)
+    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-3)
+    for step in range(3):
+        for batch in pick(step):
+            (run(**batch).loss / len(pick(step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tuner.detach().state_dict()
+
+
+def worker(rank, port, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for method in METHODS:
+        model = tiny.build("gqa_llama", dtype=torch.float64)
+        state = train(method, model, DistributedDataParallel, lambda step: [halves(step)[rank]])
+        torch.save(state, f"{folder}/{method.name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    for method in METHODS:
+        ranks = [torch.load(tmp_path / f"{method.name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        alone = train(method, tiny.build("gqa_llama", dtype=torch.float64), lambda model: model, halves)
+        for key, want in alone.items():
+            assert torch.equal(ranks[0][key], ranks[1][key])
+            torch.testing.assert_close(ranks[0][key], want, rtol=0, atol=1e-9)
