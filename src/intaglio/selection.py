@@ -341,13 +341,12 @@ class _Candidates:
     """The k best of all scores added so far, in a buffer of at most 3k: sorted only when it is full."""
 
     def __init__(self, k: int) -> None:
-        self._k, self._threshold = k, float("-inf")
+        self._k, self._threshold, self._full = k, float("-inf"), False
         self._score, self._owner, self._offset = (
             torch.empty(0),
             torch.empty(0, dtype=torch.int64),
             torch.empty(0, dtype=torch.int64),
         )
-        self._full = False
 
     def add(self, rank: int, flat: Tensor) -> None:
         """Add a tensor's scores; tensors come in order, so a tie with what is held loses."""
