@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from intaglio import S2FT, Delta, Random, attach
-from intaglio.delta import CONFIG, WEIGHTS
+from intaglio.adapter_folder import CONFIG, WEIGHTS
 from intaglio.delta import Delta as DeltaClass
 from intaglio.selection import Elements, Selection, Slices, Whole
 from intaglio.slots import fingerprint

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intaglio.selection import Elements, Selection, Slices, Whole, check_index, resolve_budget, top_k
+from intaglio.budget import resolve_budget, top_k
+from intaglio.selection import Elements, Selection, Slices, Whole, check_index
 
 
 def oracle(scores, k):

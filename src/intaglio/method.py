@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
-from .selection import Selection, resolve_budget, top_k
+from .budget import resolve_budget, top_k
+from .selection import Selection
 
 __all__ = ["Method", "Phase", "Probe", "ScoredMethod", "State", "matching", "refuse"]
 

@@ -52,7 +52,7 @@ def verify(run: Path) -> dict[str, Any]:
 
 
 def _load(config: Config, adapter: Path | None) -> tuple[Any, Any]:
-    from .delta import read_config
+    from .adapter_folder import read_config
     from .hf.models import check_available, load_model, load_tokenizer
     from .hf.verify import apply_adapter
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from ..delta import Delta, read_config
+from ..adapter_folder import read_config
+from ..delta import Delta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,9 +11,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ..budget import resolve_budget
 from ..method import Method, Probe, State, refuse
 from ..scores import stable_seed
-from ..selection import Entries, Selection, Slices, resolve_budget
+from ..selection import Entries, Selection, Slices
 from ..structure import ROLES, Layer, describe
 
 __all__ = ["S2FT"]
