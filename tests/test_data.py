@@ -77,14 +77,15 @@ def write(path, rows):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_files(tmp_path, kind):
-    train, test = write(tmp_path / f"train.{kind}", ROWS), write(tmp_path / f"test.{kind}", ROWS[:3])
+    held_out = [{"prompt": f"new {i}", "completion": f" a{i}"} for i in range(3)]
+    train, test = write(tmp_path / f"train.{kind}", ROWS), write(tmp_path / f"test.{kind}", held_out)
     examples = load_examples(block(train=train, test=test))
     assert examples.train == ROWS
-    assert examples.test == [{"prompt": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+    assert examples.test == [{"prompt": f"new {i}", "answer": f"a{i}"} for i in range(3)]
     assert examples.verify is None
     sets = examples.datasets()
     assert list(sets["train_dataset"]) == ROWS
-    assert list(sets["eval_dataset"]) == examples.held_out == ROWS[:3]
+    assert list(sets["eval_dataset"]) == examples.held_out == held_out
 
 
 def test_held_out_rows_leave_the_training_rows(tmp_path):
@@ -97,13 +98,14 @@ def test_held_out_rows_leave_the_training_rows(tmp_path):
 def test_formats_columns_and_chat(tmp_path):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path = tmp_path / "chat.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(3)))
+    path.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"hi {i}"}, *turns[1:]]}) for i in range(3)))
     examples = load_examples(block(train=str(path), test_size=1))
-    assert examples.test == [{"prompt": turns[:1], "answer": "ho"}]
-    assert examples.train[0] == {"messages": turns}
-    renamed = write(tmp_path / "r.jsonl", [{"question": "q", "reply": "a", "answer": "z"}] * 3)
+    assert examples.test[0]["answer"] == "ho"
+    assert examples.test[0]["prompt"][0]["content"].startswith("hi")
+    assert examples.train[0]["messages"][1:] == turns[1:]
+    renamed = write(tmp_path / "r.jsonl", [{"question": f"q{i}", "reply": "a", "answer": "z"} for i in range(3)])
     examples = load_examples(block(train=renamed, test_size=1, columns={"prompt": "question", "completion": "reply"}))
-    assert examples.train[0] == {"prompt": "q", "completion": "a"}
+    assert examples.train[0].keys() == {"prompt", "completion"}
     assert examples.test[0]["answer"] == "z"
     wrapped = load_examples(block(train=write(tmp_path / "w.jsonl", ROWS), test_size=1, chat=True)).train[0]
     assert wrapped["prompt"][0]["role"] == "user"
@@ -131,3 +133,39 @@ def test_bad_files(tmp_path):
     for fields, message in cases:
         with pytest.raises(ValueError, match=message):
             load_examples(block(**fields))
+
+
+def test_files_leak_no_prompt_into_training(tmp_path):
+    same = [{"prompt": "q", "completion": f"a{i}"} for i in range(5)]
+    other = [{"prompt": f"p{i}", "completion": "a"} for i in range(5)]
+    examples = load_examples(block(train=write(tmp_path / "x.jsonl", same + other), test_size=4))
+    assert not {r["prompt"] for r in examples.train} & {r["prompt"] for r in examples.held_out}
+    examples = load_examples(block(train=write(tmp_path / "y.jsonl", ROWS), test=write(tmp_path / "z.jsonl", ROWS[:2])))
+    assert examples.train == ROWS[2:]
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        load_examples(block(train=write(tmp_path / "s.jsonl", same), test_size=2))
+
+
+def test_rows_all_train_where_nothing_is_held_out(tmp_path):
+    examples = load_examples(block(train=write(tmp_path / "x.jsonl", ROWS)), hold_out=False)
+    assert examples.train == ROWS
+    assert examples.test == examples.held_out == []
+
+
+def test_numbers_gaps_and_extra_columns(tmp_path):
+    sums = tmp_path / "sums.csv"
+    sums.write_text("prompt,completion,answer\n" + "".join(f"{i}+0,{i},{i}\n" for i in range(4)))
+    for chat in (False, True):
+        examples = load_examples(block(train=str(sums), test_size=2, chat=chat))
+        assert {row["answer"] for row in examples.test} <= set("0123")
+        assert len(examples.train) == 2
+    extra = write(tmp_path / "alpaca.jsonl", [row | {"text": "all of it"} for row in ROWS])
+    examples = load_examples(block(train=extra, test_size=2))
+    assert len(examples.test) == 2
+    assert examples.train[0].keys() == {"prompt", "completion"}
+    gap = tmp_path / "gap.jsonl"
+    gap.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": null}\n')
+    with pytest.raises(ValueError, match="row 2: completion is empty"):
+        load_examples(block(train=str(gap), test_size=1))
+    with pytest.raises(ValueError, match="chat has no effect"):
+        load_examples(block(train=write(tmp_path / "t.jsonl", [{"text": "abc"}]), chat=True))

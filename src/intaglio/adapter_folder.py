@@ -49,7 +49,9 @@ def write(delta: Delta, directory: str | os.PathLike[str]) -> Path:
     try:
         _write_files(delta, temporary)
         if target.exists():
-            for file in (WEIGHTS, CARD, CONFIG):
+            # A README that stands beside no adapter is somebody else's.
+            keep_card = (target / CARD).exists() and not (target / CONFIG).exists()
+            for file in (WEIGHTS, CONFIG) if keep_card else (WEIGHTS, CARD, CONFIG):
                 os.replace(temporary / file, target / file)
         else:
             temporary.chmod(0o755)

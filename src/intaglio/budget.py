@@ -27,6 +27,8 @@ def resolve_budget(budget: int | float, total: int, *, name: str = "budget") -> 
     Raises:
         ValueError: outside those ranges, or where a share rounds to nothing.
     """
+    if total == 0:
+        raise ValueError(f"{name}={budget}: nothing is left to choose from; exclude less")
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise ValueError(f"{name}={budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)")
     if isinstance(budget, int):
@@ -65,6 +67,8 @@ def top_k(scores: Iterable[tuple[str, Tensor]], k: int) -> Selection:
     for rank, (name, score) in enumerate(scores):
         shapes[name] = tuple(score.shape)
         flat = score.reshape(-1).to(torch.promote_types(score.dtype, torch.float32))
+        if flat.dtype != best.dtype and rank:
+            raise ValueError(f"the scores of {name!r} are {score.dtype}, those before it were not; score in one type")
         if bool(flat.isnan().any()):
             raise ValueError(f"the score of {name!r} is NaN")
         best.add(rank, flat)
@@ -74,7 +78,7 @@ def top_k(scores: Iterable[tuple[str, Tensor]], k: int) -> Selection:
 
 
 class _Candidates:
-    """The k best of all scores added so far, in a buffer of at most 3k: sorted only when it is full."""
+    """The k best of all scores added so far, in a buffer of about 3k (more under ties), sorted only when it is full."""
 
     def __init__(self, k: int) -> None:
         self._k, self._threshold, self._full = k, float("-inf"), False
@@ -83,6 +87,11 @@ class _Candidates:
             torch.empty(0, dtype=torch.int64),
             torch.empty(0, dtype=torch.int64),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the scores held."""
+        return self._score.dtype
 
     def add(self, rank: int, flat: Tensor) -> None:
         """Add a tensor's scores; tensors come in order, so a tie with what is held loses."""

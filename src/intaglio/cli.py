@@ -129,7 +129,7 @@ def _guarded(work: Callable[[], dict[str, Any]], debug: bool) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the libraries' logs; standard output is for the result
             return work()
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if debug:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)

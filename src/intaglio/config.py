@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .methods import METHODS, build, nearest
 
@@ -75,6 +75,15 @@ class EvaluateBlock(_Block):
     max_new_tokens: int = Field(32, ge=1, description="tokens generated at most")
     match: Literal["task", "exact"] = Field("task", description="right is what the task's own check says, or equal strings only")
     extract: str | None = Field(None, description="regular expression; its last match in the output is the answer")
+
+    @field_validator("extract")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from error
+        return pattern
 
 
 class Config(_Block):
@@ -171,7 +180,13 @@ for _first in "-+0123456789":
 def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     steps = path.split(".")
-    value = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"override {override!r}: the value is not YAML; put quotes around the argument for the shell, and around a "
+            "value that begins with * or [ for YAML"
+        ) from error
     if not equals or not all(steps) or (len(steps) < 2 and not isinstance(value, dict)):
         raise ValueError(f"override {override!r}: write block.key=value, e.g. train.learning_rate=1e-3")
     place = raw
@@ -207,7 +222,7 @@ def _method_problems(method: Any) -> list[str]:
         from peft import LoraConfig
 
         return _unknown("method", method.keys() - {"name"}, [f.name for f in dataclasses.fields(LoraConfig)])
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         return [f"method.name={name!r}: unknown; {nearest(str(name), [*METHODS, *PEFT_METHODS])}"]
     try:
         build(method)
@@ -223,6 +238,8 @@ def _train_problems(train: Any) -> list[str]:
 
     hints = typing.get_type_hints(SFTConfig)
     problems = _unknown("train", train.keys(), [f.name for f in dataclasses.fields(SFTConfig)])
+    if not isinstance(train.get("output_dir", ""), str):
+        problems.append(f"train.output_dir={train['output_dir']!r}: wanted is a folder's name")
     for key in train.keys() & hints.keys():
         kinds = set(typing.get_args(hints[key]) or (hints[key],))
         if kinds <= {int, float, bool, type(None)} and type(train[key]) not in kinds | ({int} if float in kinds else set()):

@@ -55,8 +55,14 @@ class Examples:
         return {"train_dataset": Dataset.from_list(self.train), "eval_dataset": held_out}
 
 
-def load_examples(block: DataBlock) -> Examples:
+def load_examples(block: DataBlock, *, hold_out: bool = True) -> Examples:
     """Read or generate what a data block names.
+
+    No prompt is in both the training and the held-out rows: where files repeat one, its training rows are dropped.
+
+    Args:
+        block: the data block.
+        hold_out: whether held-out rows are wanted; without, and without `data.test`, a file's rows all train.
 
     Raises:
         ValueError: for an unknown task or setting, a missing file, an empty data set, or rows in no known format.
@@ -68,7 +74,11 @@ def load_examples(block: DataBlock) -> Examples:
     if block.test is not None:
         train, test = rows, _read(block.test, block.test_split, block)
     else:
-        train, test = _hold_out(rows, block)
+        train, test = _hold_out(rows, block) if hold_out and "text" not in rows[0] else (rows, [])
+    prompts = {_question(row) for row in test}
+    train = [row for row in train if _question(row) not in prompts]
+    if not train:
+        raise ValueError(f"data: {block.train}: every prompt is also in the held-out rows; nothing is left to train on")
     scored = [_test_row(row) for row in test if "text" not in row]
     return Examples([_training_row(row) for row in train], [_training_row(row) for row in test], scored)
 
@@ -171,10 +181,11 @@ def _read(source: str, split: str, block: DataBlock) -> list[Row]:
         raise ValueError(
             f"data: {source!r} cannot be read ({reason}); give a {', '.join(_READERS)} file or a hub data set"
         ) from error
-    rows = [_rename(dict(row), block.columns, source) for row in data]
+    if block.chat and reader is not None and "completion" not in {*data.column_names, *block.columns}:
+        raise ValueError(f"data.chat has no effect: {source} has no prompt and completion; it has {', '.join(data.column_names)}")
+    rows = [_clean(i, _rename(dict(row), block.columns, source), source) for i, row in enumerate(data, start=1)]
     if not rows:
         raise ValueError(f"data: {source}: holds no rows")
-    _check_format(rows[0], source)
     return [_as_chat(row) if block.chat else row for row in rows]
 
 
@@ -186,13 +197,34 @@ def _rename(row: Row, columns: Mapping[str, str], source: str) -> Row:
     return row
 
 
-def _check_format(row: Row, source: str) -> None:
-    if {"prompt", "completion"} <= row.keys() or "messages" in row or "text" in row:
-        return
-    raise ValueError(
-        f"data: {source} has the columns {', '.join(row)}; wanted are prompt and completion, messages, or text: map yours "
-        "with data.columns, e.g. {prompt: question, completion: answer}"
-    )
+def _clean(number: int, row: Row, source: str) -> Row:
+    """The columns of a row's format, numbers (of a CSV file, say) as text.
+
+    Raises:
+        ValueError: naming the row, where a column is missing or empty.
+    """
+    keys = next((keys for keys in _FORMATS if set(keys) <= row.keys()), None)
+    if keys is None:
+        raise ValueError(
+            f"data: {source} has the columns {', '.join(row)}; wanted are prompt and completion, messages, or text: map "
+            "yours with data.columns, e.g. {prompt: question, completion: answer}"
+        )
+    empty = [key for key in keys if row[key] is None or (isinstance(row[key], list) and not row[key])]
+    if empty:
+        raise ValueError(f"data: {source}, row {number}: {empty[0]} is empty; fill it in or drop the row")
+    kept = {key: row[key] if isinstance(row[key], list) else str(row[key]) for key in keys}
+    return kept if row.get("answer") is None else kept | {"answer": str(row["answer"])}
+
+
+_FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+
+
+def _question(row: Row) -> str:
+    """What identifies a row: the prompt, or all of it where there is none."""
+    if "messages" in row:
+        turns = row["messages"]
+        return repr(turns[:-1] if turns[-1].get("role") == "assistant" else turns)
+    return repr(row.get("prompt", row.get("text")))
 
 
 def _as_chat(row: Row) -> Row:
@@ -204,11 +236,9 @@ def _as_chat(row: Row) -> Row:
 
 
 def _hold_out(rows: list[Row], block: DataBlock) -> tuple[list[Row], list[Row]]:
-    """Draw the held-out rows from the training rows; text rows are never scored and all train."""
+    """Draw the held-out rows from the training rows."""
     import random
 
-    if "text" in rows[0]:
-        return rows, []
     if len(rows) <= block.test_size:
         raise ValueError(
             f"data: {block.train} has {len(rows)} rows, too few to hold out test_size={block.test_size}; set data.test "
@@ -219,17 +249,18 @@ def _hold_out(rows: list[Row], block: DataBlock) -> tuple[list[Row], list[Row]]:
 
 
 def _training_row(row: Row) -> Row:
-    """Only what TRL reads: other columns would change how it sees the rows."""
-    keys = ("prompt", "completion") if "prompt" in row else ("messages",) if "messages" in row else ("text",)
-    return {key: row[key] for key in keys}
+    """Only what TRL reads: an answer column would change how it sees the rows."""
+    return {key: value for key, value in row.items() if key != "answer"}
 
 
 def _test_row(row: Row) -> Row:
+    """Prompt and expected answer of a held-out row."""
     if "prompt" in row:
-        completion = row["completion"]
+        prompt, completion = row["prompt"], row["completion"]
         text = completion if isinstance(completion, str) else completion[-1]["content"]
-        return {"prompt": row["prompt"], "answer": str(row.get("answer") or text).strip()}
-    *before, last = row["messages"]
-    if last["role"] != "assistant":
-        raise ValueError("data: a held-out conversation must end with an assistant turn, which is the answer")
-    return {"prompt": before, "answer": str(row.get("answer") or last["content"]).strip()}
+    else:
+        *prompt, last = row["messages"]
+        if last["role"] != "assistant":
+            raise ValueError("data: a held-out conversation must end with an assistant turn, which is the answer")
+        text = last["content"]
+    return {"prompt": prompt, "answer": row.get("answer", text).strip()}

@@ -77,6 +77,16 @@ class ScoredMethod(Method):
     budget: int | float
     include: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        problems = []
+        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)):
+            problems.append(f"budget={self.budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)")
+        elif self.budget <= 0 or (isinstance(self.budget, float) and not self.budget <= 1):
+            problems.append(f"budget={self.budget}: a count must be at least 1, a share above 0 and at most 1.0")
+        if isinstance(self.include, str):
+            problems.append(f"include={self.include!r}: give a tuple of patterns, ({self.include!r},)")
+        refuse(type(self).__name__, problems)
+
     @abstractmethod
     def score(self, name: str, weight: Tensor) -> Tensor:
         """Score of each entry, fp32 of `weight`'s shape; higher is chosen first."""

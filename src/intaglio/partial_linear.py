@@ -30,6 +30,7 @@ class _PartialLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, dim: int, transposed: bool
     ) -> Tensor:
+        # The live weight is saved and cast again in backward: under autocast a saved copy would outweigh all that is kept.
         ctx.reads_inputs = bool(dim) != transposed
         ctx.transposed, ctx.values_dtype = transposed, values.dtype
         kept = None
@@ -44,7 +45,7 @@ class _PartialLinear(torch.autograd.Function):
         kept, weight, index = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ (weight.t() if ctx.transposed else weight)
+            grad_x = grad_y @ (weight.t() if ctx.transposed else weight).to(grad_y.dtype)
         if ctx.needs_input_grad[1]:
             chosen = grad_y if ctx.reads_inputs else grad_y.index_select(-1, index)
             rows, columns = chosen.flatten(0, -2), kept.flatten(0, -2)
@@ -60,9 +61,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     weight: Tensor = self.weight
     bias: Tensor | None = self.bias
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # so that what is kept is narrow too; linear casts the rest
     if not torch.is_grad_enabled():
         return F.linear(x, weight.t() if self.partial.transposed else weight, bias)
     if x.dim() == 1:  # nn.Linear takes a bare feature vector too

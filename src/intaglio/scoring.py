@@ -52,6 +52,8 @@ def verify(run: Path) -> dict[str, Any]:
 
 
 def _load(config: Config, adapter: Path | None) -> tuple[Any, Any]:
+    import torch
+
     from .adapter_folder import read_config
     from .hf.models import check_available, load_model, load_tokenizer
     from .hf.verify import apply_adapter
@@ -59,8 +61,10 @@ def _load(config: Config, adapter: Path | None) -> tuple[Any, Any]:
     check_available(config.model.name, **config.model.kwargs())
     if adapter is not None:
         read_config(adapter)  # before any weights are read
-    tokenizer = load_tokenizer(config.model.name)
-    model = load_model(config.model.name, **config.model.kwargs())
+    template = config.train.get("chat_template_path")
+    tokenizer = load_tokenizer(config.model.name, chat_template=template, **config.model.kwargs())
+    device = "cuda" if torch.cuda.is_available() and not config.train.get("use_cpu") else "cpu"
+    model = load_model(config.model.name, device=device, **config.model.kwargs())
     return (model if adapter is None else apply_adapter(model, adapter)), tokenizer
 
 

@@ -25,6 +25,7 @@ class Slot(nn.Module):
     """The trainable values of one parameter.
 
     Attributes:
+        base_dtype: type of the base weight at attach.
         values: parameter of shape `entries.values_shape`, at least fp32. A whole parameter of at least fp32 is its
             own slot and costs nothing extra.
         target: the live base weight.
@@ -35,7 +36,7 @@ class Slot(nn.Module):
 
     def __init__(self, name: str, target: nn.Parameter, entries: Entries) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.base_dtype = name, target.dtype
         self.entries = entries.to(target.device)
         self._target = (target,)  # in a tuple, so that it is not registered a second time
         dtype = torch.promote_types(target.dtype, torch.float32)
@@ -128,6 +129,10 @@ class Slots(nn.Module):
         assert isinstance(slot, Slot)
         return slot
 
+    def forward(self, x: Any) -> Any:
+        """Pass on what comes in: a model that is an `nn.Sequential` calls all its children in turn."""
+        return x
+
     def write(self) -> None:
         """Write every slot into its base weight."""
         for slot in self:
@@ -163,6 +168,7 @@ def _linear_owners(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         plain = type(module) is nn.Linear or is_transposed(module)
         # An own `forward` means somebody (accelerate's offloading, say) already stands in between: stay out.
-        if plain and "forward" not in module.__dict__ and uses[id(module._parameters["weight"])] == 1:
+        weight = module._parameters.get("weight")  # none under weight_norm and its like
+        if plain and weight is not None and "forward" not in module.__dict__ and uses[id(weight)] == 1:
             owners[f"{name}.weight" if name else "weight"] = module
     return owners

@@ -163,9 +163,10 @@ def describe(model: nn.Module) -> list[Layer]:
         ValueError: naming the model class, where no stack of layers with known projections is found.
     """
     for family in FAMILIES:
-        layers = [_by_family(model, name, module, family) for name, module in _stacked(model) if _fits(module, family)]
-        if layers:
-            return layers
+        fitting = [(name, module) for name, module in _stacked(model) if _fits(module, family)]
+        _refuse_mixed(model, fitting)
+        if fitting:
+            return [_by_family(model, name, module, family) for name, module in fitting]
     layers = [layer for name, module in _stacked(model) if (layer := _by_shape(name, module)) is not None]
     if layers:
         return layers
@@ -202,6 +203,16 @@ def _find(module: nn.Module, path: str) -> nn.Module | None:
 
 def _fits(layer: nn.Module, family: Family) -> bool:
     return all(_find(layer, part.path) is not None for part in family.parts.values())
+
+
+def _refuse_mixed(model: nn.Module, fitting: list[tuple[str, nn.Module]]) -> None:
+    """Refuse a stack of which only some layers fit (mixtures of experts): "the same in every layer" would be untrue."""
+    stacks, names = {name.rpartition(".")[0] for name, _ in fitting}, {name for name, _ in fitting}
+    for name, _ in _stacked(model):
+        if name.rpartition(".")[0] in stacks and name not in names:
+            raise ValueError(
+                f"model {type(model).__name__}: {name} is not built like {fitting[0][0]}; mixed stacks are not supported yet"
+            )
 
 
 @dataclass(frozen=True)
@@ -281,17 +292,29 @@ def _projection(path: str, module: nn.Module, role: str, units: int, width: int,
 
 
 def _by_shape(name: str, layer: nn.Module) -> Layer | None:
-    """Find an FFN in an unknown layer: sibling Linears d→c (the last is up, one before it gate) and then c→d."""
-    for parent_name, parent in layer.named_modules():
+    """Describe the one FFN of an unknown layer; None where there is none, or more than one (experts)."""
+    attention = {
+        part.path.rpartition(".")[0] for family in FAMILIES for part in family.parts.values() if _find(layer, part.path)
+    } - {""}
+    found = []
+    for path, parent in layer.named_modules():
         linears = {n: m for n, m in parent.named_children() if isinstance(m, nn.Linear)}
-        for position, (down_name, down) in enumerate(linears.items()):
-            wide, narrow = down.in_features, down.out_features
-            before = list(linears.items())[:position]
-            ups = [(n, m) for n, m in before if (m.in_features, m.out_features) == (narrow, wide)]
-            if not ups or wide == narrow:
-                continue
-            prefix = f"{name}.{parent_name}" if parent_name else name
-            roles = dict(zip(("up", "gate"), reversed(ups), strict=False)) | {"down": (down_name, down)}
-            projections = {role: _projection(f"{prefix}.{n}", m, role, wide, 1, 0, 1) for role, (n, m) in roles.items()}
-            return Layer(name, projections)
-    return None
+        roles = _ffn_roles(linears) if path not in attention else {}
+        if roles:
+            prefix = f"{name}.{path}" if path else name
+            found.append({role: (f"{prefix}.{n}", linears[n]) for role, n in roles.items()})
+    if len(found) != 1:
+        return None
+    wide = found[0]["down"][1].in_features
+    return Layer(name, {role: _projection(path, m, role, wide, 1, 0, 1) for role, (path, m) in found[0].items()})
+
+
+def _ffn_roles(linears: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """Role → name among sibling Linears: d→c (the last of them up, one before it gate), then c→d, down."""
+    for position, (down, module) in enumerate(linears.items()):
+        narrow, wide = module.out_features, module.in_features
+        before = list(linears.items())[:position]
+        ups = [n for n, m in before if (m.in_features, m.out_features) == (narrow, wide) and narrow != wide]
+        if ups:
+            return dict(zip(("up", "gate"), reversed(ups), strict=False)) | {"down": down}
+    return {}

@@ -12,6 +12,7 @@ OUTPUT/
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -62,8 +63,10 @@ def train(
     config = load_config(source, overrides)
     output = _output_folder(config, source, resume=resume, overwrite=overwrite)
     run = _setup(config, output)
+    trainer = _make_trainer(run)  # attaches: the last thing that a mistake of the user can stop
+    if overwrite:
+        _remove_earlier(output)
     before = _score(run, "before") if config.evaluate is not None and config.evaluate.before else None
-    trainer = _make_trainer(run)
     training = _fit(run, trainer, resume)
     adapter = _save(run, trainer)
     after = _score(run, "after") if config.evaluate is not None else None
@@ -93,15 +96,16 @@ def _setup(config: Config, output: Path) -> Run:
 
     arguments = sft_config(config.train, str(output))
     check_available(config.model.name, **config.model.kwargs())
-    examples = load_examples(config.data)
+    wants_held_out = config.evaluate is not None or str(arguments.eval_strategy.value) != "no"
+    examples = load_examples(config.data, hold_out=wants_held_out)
     if config.evaluate is not None and not examples.test:
         raise ValueError("evaluate: there are no held-out rows with answers to score; drop the block or give data.test")
-    if str(arguments.eval_strategy) != "no" and not examples.held_out:
-        raise ValueError(f"train.eval_strategy={arguments.eval_strategy}: there are no held-out rows; give data.test")
-    tokenizer = load_tokenizer(config.model.name)
-    if arguments.chat_template_path is None:
-        check_tokenizer(tokenizer, examples)
-    model = load_model(config.model.name, **config.model.kwargs())
+    if str(arguments.eval_strategy.value) != "no" and not examples.held_out:
+        raise ValueError(f"train.eval_strategy={arguments.eval_strategy.value}: there are no held-out rows; give data.test")
+    tokenizer = load_tokenizer(config.model.name, chat_template=arguments.chat_template_path, **config.model.kwargs())
+    arguments.chat_template_path = None  # it is in the tokenizer now
+    check_tokenizer(tokenizer, examples)
+    model = load_model(config.model.name, device=arguments.device, **config.model.kwargs())
     return Run(config, output, arguments, examples, tokenizer, model)
 
 
@@ -195,6 +199,7 @@ def _summary(
 def _report(output: Path, result: dict[str, Any]) -> None:
     from .report.plots import plot_accuracy, plot_loss
 
+    output.mkdir(parents=True, exist_ok=True)
     (output / "run.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     plot_loss(result["training"]["history"], output / "loss.png")
     if result["after"] is not None:
@@ -202,19 +207,35 @@ def _report(output: Path, result: dict[str, Any]) -> None:
 
 
 def _output_folder(config: Config, source: Any, *, resume: bool, overwrite: bool) -> Path:
-    """The output folder, created; an earlier run in it is refused, continued or replaced, never mixed."""
+    """The output folder; an earlier run in it is refused, continued or, later, replaced: never mixed."""
+    if resume and overwrite:
+        raise ValueError("resume and overwrite contradict each other; give one of them")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("intaglio train runs in one process; in a loop of your own, attach works under data parallelism")
     stem = Path(source).stem if isinstance(source, (str, Path)) else "run"
     output = Path(config.train.get("output_dir") or Path("runs") / stem)
-    earlier = [p for p in (*(output / name for name in _OURS), *output.glob("checkpoint-*")) if p.exists()]
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"train.output_dir={str(output)!r}: is a file; give a folder")
+    earlier = _earlier(output)
     if earlier and not resume and not overwrite:
         raise ValueError(
             f"{output}: already holds a run ({earlier[0].name}); --resume continues it, --overwrite replaces it, or set "
             "another train.output_dir"
         )
-    for path in earlier if overwrite and not resume else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
     return output
+
+
+def _earlier(output: Path) -> list[Path]:
+    """What an earlier run left in its folder."""
+    return [p for p in (*(output / name for name in _OURS), *output.glob("checkpoint-*")) if p.exists()]
+
+
+def _remove_earlier(output: Path) -> None:
+    for path in _earlier(output):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _trainable(model: Any) -> int:

