@@ -14,7 +14,8 @@ help:
 	@echo "make test    the whole test-suite        make lint    ruff, pyright, import-linter"
 	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
 
-# CPU torch first: a plain `torch` brings gigabytes of CUDA on Linux. Set TORCH= to a CUDA build for a GPU.
+# Torch first, so that nothing else pulls a build of its choice. Where the default index serves a CUDA build (Linux) and
+# there is no GPU, name the index of the CPU builds (pytorch.org has it): make TORCH_FLAGS="--index-url …" test
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 

@@ -158,6 +158,12 @@ def test_a_run_killed_at_any_moment_resumes(place):
 
 def test_an_earlier_run_is_never_mixed_or_lost(place):
     before = (place / "runs/run/run.json").read_bytes()
+    for mistake in ("data={train: nowhere.jsonl}", "model.name=nobody/nothing", "method.targets=[gates]", "method.heads=0.001"):
+        done = intaglio("train", "run.yaml", "--overwrite", mistake, cwd=place, check=False)
+        assert done.returncode == 2
+        assert Delta.load(place / "runs/run/adapter").selection.size > 0
+        assert (place / "runs/run/run.json").read_bytes() == before
+    assert intaglio("train", "run.yaml", "--overwrite", "--resume", cwd=place, check=False).returncode == 2
     done = intaglio("train", "run.yaml", cwd=place, check=False)
     assert done.returncode == 2
     assert "--overwrite" in done.stderr
@@ -182,6 +188,8 @@ MISTAKES = {
     "missing data": (["data={train: nowhere.jsonl}"], "nowhere.jsonl: no such file"),
     "missing model": (["model.name=nobody/nothing"], "model.name='nobody/nothing'"),
     "missing folder": (["model.name=./nowhere"], "model.name='./nowhere'"),
+    "from_pretrained": (["model.nmae=foo"], "model: from_pretrained refuses"),
+    "output is a file": (["train.output_dir=run.yaml"], "is a file"),
     "train value": (["train.learning_rate=fast"], "train.learning_rate='fast': wanted is float"),
     "run file": None,
 }
@@ -191,7 +199,7 @@ MISTAKES = {
 def test_mistakes_end_in_one_clear_line(place, mistake):
     overrides, message = MISTAKES[mistake] or ([], "absent.yaml: no such run file")
     file = "absent.yaml" if MISTAKES[mistake] is None else "run.yaml"
-    done = intaglio("train", file, *overrides, "train.output_dir=runs/never", cwd=place, check=False)
+    done = intaglio("train", file, "train.output_dir=runs/never", *overrides, cwd=place, check=False)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
@@ -207,7 +215,7 @@ def test_debug_shows_the_traceback(place):
 
 def test_messages_need_a_chat_template(place, tmp_path):
     bare = tiny.save_folder(tmp_path / "bare", chat=False)
-    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
+    rows = [{"messages": [{"role": "user", "content": f"a{i}"}, {"role": "assistant", "content": "b"}]} for i in range(4)]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "empty.jsonl").write_text("")
     settings = ["train.output_dir=runs/never", f"data={{train: {tmp_path / 'chat.jsonl'}, test_size: 1}}"]
@@ -246,3 +254,23 @@ def test_loss_on_held_out_rows_and_the_best_checkpoint(place):
     done = intaglio("train", "text.yaml", *mistake, cwd=place, check=False)
     assert done.returncode == 2
     assert "no held-out rows" in done.stderr
+
+
+def test_chat_templates_come_from_files(place):
+    (place / "turns.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    settings = [
+        "data.chat=true",
+        "train.max_steps=1",
+        "evaluate.limit=2",
+        "train.output_dir=runs/template",
+        "train.report_to=tensorboard",
+    ]
+    intaglio("train", "run.yaml", *settings, "train.chat_template_path=turns.jinja", cwd=place)
+    after = json.loads((place / "runs/template/run.json").read_text())["after"]
+    again = json.loads(intaglio("evaluate", "runs/template", "--json", cwd=place).stdout)
+    assert {key: again[key] for key in after} == after
+    assert list((place / "runs/template").rglob("events.out.tfevents.*"))
+    intaglio("train", "run.yaml", *settings, "--overwrite", cwd=place)
+    done = intaglio("train", "run.yaml", *settings, "--overwrite", "train.chat_template_path=some/model", cwd=place, check=False)
+    assert done.returncode == 2
+    assert "give a .jinja or .j2 file" in done.stderr

@@ -34,6 +34,10 @@ BAD = {
     "no source": ({"data": {}}, "exactly one of"),
     "two sources": ({"data": {"task": "reasoning_gym/gcd", "train": "x.csv"}}, "exactly one of"),
     "test with task": ({"data": {"task": "reasoning_gym/gcd", "test": "x.csv"}}, "no effect"),
+    "extract": ({"evaluate": {"extract": "("}}, "not a regular expression"),
+    "output_dir": ({"train": {"output_dir": 2024}}, "wanted is a folder's name"),
+    "method type": ({"method": {"name": "s2ft", "targets": None}}, "wanted is a list of names"),
+    "method name type": ({"method": {"name": ["s2ft"]}}, "unknown"),
     "type": ({"data": {"task": "reasoning_gym/gcd", "train_size": "many"}}, "data.train_size.*'many'"),
     "range": ({"evaluate": {"batch_size": 0}}, "greater than or equal to 1"),
 }
@@ -66,6 +70,9 @@ def test_bad_files_and_overrides(tmp_path):
     assert replaced.method == {"name": "lora", "r": 8}
     for override in ("learning_rate=1", "train.learning_rate", "=1", "train.=1"):
         with pytest.raises(ValueError, match=r"block\.key=value"):
+            load_config(GOOD, [override])
+    for override in ("method={name: lora", "method.include=*.mlp.*"):
+        with pytest.raises(ValueError, match="is not YAML"):
             load_config(GOOD, [override])
     with pytest.raises(ValueError, match="is not a block"):
         load_config(GOOD, ["data.task.x=1"])

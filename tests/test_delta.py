@@ -250,6 +250,13 @@ def test_saving_into_a_folder_keeps_other_files(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 
+def test_a_strangers_readme_survives(tmp_path):
+    (tmp_path / "README.md").write_text("my project")
+    trained().save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my project"
+    Delta.load(tmp_path)
+
+
 def _save_for_ever(folder):
     tuner = trained()
     while True:  # other values each time, so that a mixture of two saves would show

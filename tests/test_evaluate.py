@@ -93,6 +93,25 @@ def test_extract_takes_the_last_match(model_and_tokenizer):
     assert _extract(r"\d", "none") == ""
 
 
+def test_extract_reads_the_reference_too(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    block = EvaluateBlock.model_validate({"extract": "[^ ]", "max_new_tokens": 8})
+    output = generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=8)[0]
+    rows = [{"prompt": PROMPTS[0], "answer": "a long solution " + output.replace(" ", "")[-1]}]
+    assert evaluate(model, tokenizer, rows, block)[0].correct == 1
+
+
+@pytest.mark.parametrize("hits", [0, 1, 199, 200])
+def test_every_score_can_be_drawn(hits, tmp_path):
+    from intaglio.evaluate import Score
+    from intaglio.report.plots import plot_accuracy
+
+    low, high = wilson(hits, 200)
+    score = Score(total=200, correct=hits, exact=hits, lenient=hits, low=low, high=high).to_dict()
+    assert low <= hits / 200 <= high
+    assert plot_accuracy(score, score, tmp_path / "a.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("hits", "total", "low", "high"),
     [(0, 200, 0.0, 0.0188), (100, 200, 0.4313, 0.5687), (148, 200, 0.6749, 0.7959), (10, 10, 0.7225, 1.0)],

@@ -147,6 +147,18 @@ def test_bytes_kept_by_the_projections_of_a_model():
     assert len(expected) == 4
 
 
+def test_autocast_keeps_no_copy_of_the_weight():
+    """Under autocast only the narrow columns are kept; the weight is cast again in backward."""
+    layer, slot, index = layer_and_slot("linear", 1)
+    x = torch.randn(2, 6, 10, requires_grad=True) * 1
+    with Kept([layer.weight, layer.bias, slot.values]) as kept, torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert kept.nbytes == 2 * 6 * index.numel() * 2
+    y.sum().backward()
+    assert slot.values.grad.dtype == torch.float32
+
+
 def gradients(model, batch, **context):
     for parameter in model.parameters():
         parameter.grad = None

@@ -117,6 +117,18 @@ def test_unknown_model_is_refused_by_name(model):
         describe(model)
 
 
+def test_experts_are_refused_not_misread():
+    """Sparse layers have no up and down of their own; a stack that mixes them with dense ones is not even."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    settings = tiny.LLAMA | {"num_key_value_heads": 2} | experts
+    sparse = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**settings))
+    mixed = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**settings, mlp_only_layers=[0]))
+    with pytest.raises(ValueError, match="no stack of layers"):
+        describe(sparse)
+    with pytest.raises(ValueError, match=r"model\.layers\.1 is not built like model\.layers\.0"):
+        describe(mixed)
+
+
 def test_impossible_head_count_is_refused():
     model = tiny.build("mha_llama")
     model.config.num_attention_heads, model.config.head_dim = 5, 8
