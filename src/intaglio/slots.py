@@ -8,7 +8,8 @@ add up in the slot. After each update the slot is written into the live weight, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -137,6 +138,48 @@ class Slots(nn.Module):
         """Write every slot into its base weight."""
         for slot in self:
             slot.write()
+
+    def values(self) -> dict[str, Tensor]:
+        """Name → a copy of the values, in full precision."""
+        return {slot.name: slot.values.detach().clone() for slot in self}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Name → fingerprint of the base values."""
+        return {slot.name: slot.fingerprint for slot in self}
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor], fingerprints: Mapping[str, str]) -> None:
+        """Take over values saved earlier, and write them.
+
+        Raises:
+            ValueError: where they belong to other entries or another base; nothing is changed then.
+        """
+        for slot in self:
+            if fingerprints.get(slot.name) != slot.fingerprint or values[slot.name].shape != slot.values.shape:
+                raise ValueError(f"resume: {slot.name}: the checkpoint has other entries, or another base model")
+        for slot in self:
+            slot.values.copy_(values[slot.name])
+        self.write()
+
+    def settle(self) -> None:
+        """Make sure that the weights are the values, before they leave the model.
+
+        Raises:
+            ValueError: where the model was cast to another type since the slots were made.
+        """
+        for slot in self:
+            if slot.target.dtype != slot.base_dtype:
+                raise ValueError(
+                    f"{slot.name}: attached as {slot.base_dtype}, now {slot.target.dtype}: no base has these values; "
+                    "load the model in the type you want and attach then"
+                )
+        if any(slot.is_stale() for slot in self):
+            warnings.warn(
+                "values changed without reaching the weights: build the optimizer with tuner.optimizer(...), or call "
+                "tuner.watch(optimizer)",
+                stacklevel=3,
+            )
+            self.write()
 
 
 def fingerprint(values: Tensor) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .delta import Delta
 from .method import Method, Probe, State
@@ -108,23 +107,14 @@ class Tuner:
         return optimizer
 
     def delta(self) -> Delta:
-        """The trained values as an artefact, in the base's type."""
-        recast = next((slot for slot in self.slots if slot.target.dtype != slot.base_dtype), None)
-        if recast is not None:
-            raise ValueError(
-                f"{recast.name}: attached as {recast.base_dtype}, now {recast.target.dtype}: no base has these values; "
-                "load the model in the type you want and attach then"
-            )
-        if any(slot.is_stale() for slot in self.slots):
-            warnings.warn(
-                "values changed without reaching the weights: build the optimizer with tuner.optimizer(...), or call "
-                "tuner.watch(optimizer)",
-                stacklevel=2,
-            )
-            self.slots.write()
+        """The trained values as an artefact, in the base's type.
+
+        Raises:
+            ValueError: where the model was cast to another type since `attach`.
+        """
+        self.slots.settle()
         values = {slot.name: slot.entries.gather(slot.target) for slot in self.slots}
-        fingerprints = {slot.name: slot.fingerprint for slot in self.slots}
-        return Delta(self.selection, values, fingerprints, self.method.to_dict(), self._base)
+        return Delta(self.selection, values, self.slots.fingerprints(), self.method.to_dict(), self._base)
 
     def save(self, directory: str | Path) -> Path:
         """Save the adapter folder: `delta().save(directory)`."""
@@ -132,10 +122,8 @@ class Tuner:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the optimizer: values in full precision, step, and the method's state."""
-        values = {slot.name: slot.values.detach().clone() for slot in self.slots}
-        fingerprints = {slot.name: slot.fingerprint for slot in self.slots}
         state = {"method": self.method.to_dict(), "step": self.step, "state": dict(self._state)}
-        return state | {"values": values, "fingerprints": fingerprints}
+        return state | {"values": self.slots.values(), "fingerprints": self.slots.fingerprints()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -145,11 +133,7 @@ class Tuner:
         """
         if state["method"] != self.method.to_dict():
             raise ValueError(f"resume: the checkpoint's method is {state['method']}, this run's {self.method.to_dict()}")
-        for slot in self.slots:
-            found = state["fingerprints"].get(slot.name)
-            if found != slot.fingerprint or state["values"][slot.name].shape != slot.values.shape:
-                raise ValueError(f"resume: {slot.name}: the checkpoint has other entries, or another base model")
-        self._load_values(state["values"])
+        self.slots.load(state["values"], state["fingerprints"])
         self.step, self._state = int(state["step"]), dict(state["state"])
 
     def detach(self) -> nn.Module:
@@ -160,12 +144,6 @@ class Tuner:
         del self.model._modules[Slots.REGISTERED_AS]
         self._restore_requires_grad()
         return self.model
-
-    @torch.no_grad()
-    def _load_values(self, values: Mapping[str, Tensor]) -> None:
-        for slot in self.slots:
-            slot.values.copy_(values[slot.name])
-        self.slots.write()
 
     def _after_step(self) -> None:
         self.slots.write()
