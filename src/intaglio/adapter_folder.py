@@ -15,8 +15,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -25,17 +26,25 @@ from torch import Tensor
 
 from .selection import Elements, Entries, Selection, Slices, Whole
 
-if TYPE_CHECKING:
-    from .delta import Delta
-
-__all__ = ["CONFIG", "WEIGHTS", "read", "read_config", "tensors", "write"]
+__all__ = ["CONFIG", "WEIGHTS", "Contents", "read", "read_config", "tensors", "write"]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 1
 
 
-def write(delta: Delta, directory: str | os.PathLike[str]) -> Path:
-    """Write a Delta as a folder.
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds; the fields are those of `Delta`."""
+
+    selection: Selection
+    values: Mapping[str, Tensor]
+    fingerprints: Mapping[str, str]
+    method: Mapping[str, Any]
+    base: str | None
+
+
+def write(contents: Contents, directory: str | os.PathLike[str]) -> Path:
+    """Write a folder.
 
     A new folder appears by one rename. In an existing folder (a checkpoint) the files are replaced one by one, the
     config last, which holds the hash of the weights: a crash in between is noticed, and other files stay.
@@ -47,7 +56,7 @@ def write(delta: Delta, directory: str | os.PathLike[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write_files(delta, temporary)
+        _write_files(contents, temporary)
         if target.exists():
             # A README that stands beside no adapter is somebody else's.
             keep_card = (target / CARD).exists() and not (target / CONFIG).exists()
@@ -61,8 +70,8 @@ def write(delta: Delta, directory: str | os.PathLike[str]) -> Path:
     return target
 
 
-def read(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arguments of the `Delta` in a folder.
+def read(directory: str | os.PathLike[str]) -> Contents:
+    """Read a folder.
 
     Raises:
         ValueError: naming the file or parameter, for a missing, damaged, truncated or inconsistent folder.
@@ -77,61 +86,60 @@ def read(directory: str | os.PathLike[str]) -> dict[str, Any]:
         fingerprints[name] = str(record["fingerprint"])
     if raw:
         raise ValueError(f"{folder / WEIGHTS}: holds {next(iter(raw))!r}, which {CONFIG} does not name")
-    parts = {"selection": Selection(selection), "values": values, "fingerprints": fingerprints}
-    return parts | {"method": config["method"], "base": config["base_model_name_or_path"]}
+    return Contents(Selection(selection), values, fingerprints, config["method"], config["base_model_name_or_path"])
 
 
-def tensors(delta: Delta) -> dict[str, Tensor]:
+def tensors(contents: Contents) -> dict[str, Tensor]:
     """What the weights file holds, by key."""
     found = {}
-    for name, entries in delta.selection.items():
-        found[f"{name}.values"] = delta.values[name].detach().cpu().contiguous()
+    for name, entries in contents.selection.items():
+        found[f"{name}.values"] = contents.values[name].detach().cpu().contiguous()
         if isinstance(entries, (Slices, Elements)):
             narrow = torch.int32 if entries.numel <= torch.iinfo(torch.int32).max else torch.int64
             found[f"{name}.indices"] = entries.index.cpu().to(narrow)
     return found
 
 
-def _write_files(delta: Delta, folder: Path) -> None:
-    raw = safetensors.torch.save(tensors(delta), {"format": "pt"})
-    config = _config(delta) | {"sha256": hashlib.sha256(raw).hexdigest()}
+def _write_files(contents: Contents, folder: Path) -> None:
+    raw = safetensors.torch.save(tensors(contents), {"format": "pt"})
+    config = _config(contents) | {"sha256": hashlib.sha256(raw).hexdigest()}
     _write_synced(folder / WEIGHTS, raw)
-    _write_synced(folder / CARD, _card(delta).encode())
+    _write_synced(folder / CARD, _card(contents).encode())
     _write_synced(folder / CONFIG, json.dumps(config, indent=1).encode())
 
 
-def _config(delta: Delta) -> dict[str, Any]:
+def _config(contents: Contents) -> dict[str, Any]:
     from . import __version__
 
-    parameters = {name: _record(delta, name, entries) for name, entries in delta.selection.items()}
+    parameters = {name: _record(contents, name, entries) for name, entries in contents.selection.items()}
     return {
         "peft_type": "INTAGLIO",
         "format_version": FORMAT_VERSION,
         "intaglio_version": __version__,
-        "base_model_name_or_path": delta.base,
-        "method": delta.method,
-        "trainable": delta.selection.size,
+        "base_model_name_or_path": contents.base,
+        "method": contents.method,
+        "trainable": contents.selection.size,
         "parameters": parameters,
     }
 
 
-def _record(delta: Delta, name: str, entries: Entries) -> dict[str, Any]:
+def _record(contents: Contents, name: str, entries: Entries) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": entries.kind, "shape": list(entries.shape)}
     if isinstance(entries, Slices):
         record |= {"dim": entries.dim}
     if not isinstance(entries, Whole):
         record |= {"indices": entries.values_shape[entries.dim if isinstance(entries, Slices) else 0]}
-    dtype = str(delta.values[name].dtype).removeprefix("torch.")
-    return record | {"dtype": dtype, "fingerprint": delta.fingerprints[name]}
+    dtype = str(contents.values[name].dtype).removeprefix("torch.")
+    return record | {"dtype": dtype, "fingerprint": contents.fingerprints[name]}
 
 
-def _card(delta: Delta) -> str:
+def _card(contents: Contents) -> str:
     return _CARD.format(
-        base=delta.base or "BASE",
-        method=delta.method.get("name", "delta"),
-        fields=json.dumps(delta.method),
-        entries=f"{delta.selection.size:,}",
-        parameters=len(delta.selection),
+        base=contents.base or "BASE",
+        method=contents.method.get("name", "delta"),
+        fields=json.dumps(contents.method),
+        entries=f"{contents.selection.size:,}",
+        parameters=len(contents.selection),
     )
 
 

@@ -82,7 +82,7 @@ class Delta:
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the adapter folder; see `adapter_folder.write` for what a crash can leave. Returns the folder."""
-        return adapter_folder.write(self, directory)
+        return adapter_folder.write(self._contents(), directory)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Delta:
@@ -91,12 +91,15 @@ class Delta:
         Raises:
             ValueError: naming the file or parameter, for a missing, damaged, truncated or inconsistent folder.
         """
-        return cls(**adapter_folder.read(directory))
+        return cls(**vars(adapter_folder.read(directory)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of values and indices, as stored."""
-        return sum(t.numel() * t.element_size() for t in adapter_folder.tensors(self).values())
+        return sum(t.numel() * t.element_size() for t in adapter_folder.tensors(self._contents()).values())
+
+    def _contents(self) -> adapter_folder.Contents:
+        return adapter_folder.Contents(self.selection, self.values, self.fingerprints, self.method, self.base)
 
     def __repr__(self) -> str:
         return f"Delta({self.method.get('name', '?')}, {self.selection!r}, base={self.base!r})"
