@@ -160,7 +160,7 @@ def _save(run: Run, trainer: Any) -> Path:
         run.tuner.detach()
     else:
         run.model.save_pretrained(str(adapter))
-    save_check(run.model, run.tokenizer, run.examples, run.output / "check.safetensors")
+    save_check(run.model, run.tokenizer, run.examples.held_out or run.examples.train, run.output / "check.safetensors")
     return adapter
 
 

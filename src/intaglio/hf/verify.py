@@ -16,11 +16,9 @@ from ..delta import Delta
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..data import Examples
-
 __all__ = ["apply_adapter", "compare_check", "save_check"]
 
-_TOKENS, _PROMPTS = 16, 4
+_TOKENS, _PROMPTS = 32, 4
 
 
 def apply_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Any:
@@ -38,13 +36,12 @@ def apply_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Any
 
 
 @torch.no_grad()
-def save_check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, path: Path) -> None:
-    """Keep the first tokens of a few prompts and the logits that follow them."""
-    rows = (examples.test or examples.train)[:_PROMPTS]
-    texts = [json.dumps(row.get("prompt") or row.get("messages") or row.get("text"), ensure_ascii=False) for row in rows]
-    ids = [tokenizer(text)["input_ids"][:_TOKENS] for text in texts]
+def save_check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], path: Path) -> None:
+    """Keep the last tokens of a few rows, where rows of one task differ, and the logits that follow them."""
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows[:_PROMPTS]]
+    ids = [tokenizer(text)["input_ids"][-_TOKENS:] for text in texts]
     shortest = min(map(len, ids))
-    input_ids = torch.tensor([row[:shortest] for row in ids])
+    input_ids = torch.tensor([row[-shortest:] for row in ids])
     safetensors.torch.save_file({"input_ids": input_ids, "logits": _last_logits(model, input_ids)}, path)
 
 
