@@ -121,7 +121,7 @@ def _make_trainer(run: Run) -> Any:
         trainer = CheckpointedSFTTrainer(run.model, peft_config=_lora(method), **common)
         run.model = trainer.model
         return trainer
-    run.tuner = attach(run.model, build(method), base=run.config.model.name)
+    run.tuner = attach(run.model, build(method))
     return SparseTrainer(run.tuner, **common)
 
 
