@@ -159,7 +159,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such run file")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  # a SafeLoader
+        raw = _parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -177,11 +177,20 @@ for _first in "-+0123456789":
     _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:float", _FLOAT))
 
 
+def _parse(text: str) -> Any:
+    """One YAML document of plain values; a tag that would build an object is an error."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     steps = path.split(".")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+        value = _parse(text)
     except yaml.YAMLError as error:
         raise ValueError(
             f"override {override!r}: the value is not YAML; put quotes around the argument for the shell, and around a "
