@@ -48,12 +48,15 @@ def plot_accuracy(before: Mapping[str, Any] | None, after: Mapping[str, Any], pa
         shift = (i - (len(scores) - 1) / 2) * 0.38
         heights = [100 * score["correct"] / score["total"], 100 * score["lenient"] / score["total"]]
         errors = [[max(0.0, heights[0] - 100 * score["low"])], [max(0.0, 100 * score["high"] - heights[0])]]
-        bars = axes.bar([shift, 1 + shift], heights, width=0.36, label=name, color=colour)
+        axes.bar([shift, 1 + shift], heights, width=0.36, label=name, color=colour)
         axes.errorbar([shift], [heights[0]], yerr=errors, color="black", capsize=4, linewidth=1)
-        axes.bar_label(bars, fmt="%.1f", label_type="center", color="white" if name == "tuned" else "black")
+        # Above the interval, so that a bar of no height keeps its number readable.
+        for x, height, top in zip((shift, 1 + shift), heights, (100 * score["high"], heights[1]), strict=True):
+            axes.text(x, top + 1.5, f"{height:.1f}", ha="center", va="bottom")
     axes.set_xticks([0, 1], ["right answer\n(with 95 % interval)", "right answer somewhere\nin the output (lenient)"])
-    axes.set(ylabel="held-out examples (%)", title=f"Accuracy on {after['total']} held-out examples", ylim=(0, 100))
-    axes.legend()
+    axes.set(ylabel="held-out examples (%)", title=f"Accuracy on {after['total']} held-out examples", ylim=(0, 112))
+    axes.set_yticks(range(0, 101, 20))
+    axes.legend(loc="upper left")
     return _save(figure, path)
 
 
