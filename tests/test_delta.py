@@ -69,10 +69,10 @@ def rewrite(folder, tensors=None, config=None):
     (folder / CONFIG).write_text(json.dumps(settings | (config or {})))
 
 
-def edit(key_suffix, change):
+def edit(key_part, change):
     def damage(folder):
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        key = next(k for k in tensors if k.endswith(key_suffix))
+        key = next(k for k in tensors if key_part in k)
         tensors[key] = change(tensors[key].clone())
         rewrite(folder, {k: t.contiguous() for k, t in tensors.items()})
 
@@ -97,25 +97,25 @@ def flip(folder):
 
 def drop(folder):
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    del tensors[next(k for k in tensors if k.endswith(".values"))]
+    del tensors[next(k for k in tensors if "intaglio_values" in k)]
     rewrite(folder, tensors)
 
 
 def add(folder):
-    rewrite(folder, safetensors.torch.load_file(folder / WEIGHTS) | {"stranger.values": torch.zeros(1)})
+    rewrite(folder, safetensors.torch.load_file(folder / WEIGHTS) | {"stranger.intaglio_values.weight": torch.zeros(1)})
 
 
 DAMAGES = {
-    "out of range": (edit(".indices", lambda t: put(t, -1, 2_000_000_000)), r"must lie in"),
-    "negative": (edit(".indices", lambda t: put(t, 0, -1)), r"must lie in"),
-    "duplicate": (edit(".indices", lambda t: put(t, 1, int(t[0]))), "duplicates"),
-    "unsorted": (edit(".indices", lambda t: t.flip(0)), "sorted"),
-    "float indices": (edit(".indices", lambda t: t.float()), "integers"),
-    "index count": (edit(".indices", lambda t: t[:-1]), "expected"),
-    "NaN": (edit(".values", lambda t: put(t, 3, float("nan"))), "finite"),
-    "infinity": (edit(".values", lambda t: put(t, 0, float("inf"))), "finite"),
-    "value count": (edit(".values", lambda t: t[:-1]), "shape"),
-    "integer values": (edit(".values", lambda t: t.int()), "floating-point"),
+    "out of range": (edit("intaglio_indices", lambda t: put(t, -1, 2_000_000_000)), r"must lie in"),
+    "negative": (edit("intaglio_indices", lambda t: put(t, 0, -1)), r"must lie in"),
+    "duplicate": (edit("intaglio_indices", lambda t: put(t, 1, int(t[0]))), "duplicates"),
+    "unsorted": (edit("intaglio_indices", lambda t: t.flip(0)), "sorted"),
+    "float indices": (edit("intaglio_indices", lambda t: t.float()), "integers"),
+    "index count": (edit("intaglio_indices", lambda t: t[:-1]), "expected"),
+    "NaN": (edit("intaglio_values", lambda t: put(t, 3, float("nan"))), "finite"),
+    "infinity": (edit("intaglio_values", lambda t: put(t, 0, float("inf"))), "finite"),
+    "value count": (edit("intaglio_values", lambda t: t[:-1]), "shape"),
+    "integer values": (edit("intaglio_values", lambda t: t.int()), "floating-point"),
     "truncated": (truncate, "damaged or truncated"),
     "one bit": (flip, "damaged or truncated"),
     "missing tensor": (drop, "has no"),
@@ -125,7 +125,7 @@ DAMAGES = {
     "config not JSON": (lambda f: (f / CONFIG).write_text('{"peft_type"'), "not JSON"),
     "other type": (lambda f: rewrite(f, config={"peft_type": "LORA"}), "not an Intaglio adapter"),
     "future format": (lambda f: rewrite(f, config={"format_version": 99}), "format version 99"),
-    "config without key": (lambda f: (f / CONFIG).write_text('{"peft_type": "INTAGLIO", "format_version": 1}'), "without"),
+    "config without key": (lambda f: (f / CONFIG).write_text('{"peft_type": "INTAGLIO", "format_version": 2}'), "without"),
 }
 
 
@@ -140,7 +140,14 @@ def test_damaged_files_are_refused(adapter, damage):
 def test_kind_and_shape_are_checked(adapter):
     settings = json.loads((adapter / CONFIG).read_text())
     name = next(iter(settings["parameters"]))
-    for change, message in (({"kind": "code"}, "unknown kind"), ({"shape": "x"}, "damaged"), ({"shape": [2, 2]}, name)):
+    for change, message in (
+        ({"kind": "code"}, "unknown kind"),
+        ({"shape": "x"}, "no list of sizes"),
+        ({"shape": [2, 2]}, name),
+        ({"dtype": "int8"}, "no floating-point type"),
+        ({"indices": True}, "no count" if settings["parameters"][name]["kind"] != "whole" else name),
+        ({"fingerprint": 3}, "fingerprint"),
+    ):
         broken = json.loads(json.dumps(settings))
         broken["parameters"][name] |= change
         (adapter / CONFIG).write_text(json.dumps(broken))
@@ -235,6 +242,16 @@ def test_any_shape_and_type(shape, dtype, tmp_path):
         assert torch.equal(parameter, before)
 
 
+def test_the_config_counts_the_whole_model(tmp_path):
+    """`of` counts tied weights once and none of our own slots."""
+    for name in ("gqa_llama", "tied_llama"):
+        model = tiny.build(name)
+        total = sum(p.numel() for p in model.parameters())
+        delta = attach(model, METHODS[1]).delta()
+        assert delta.of == total
+        assert Delta.load(delta.save(tmp_path / name)).of == total
+
+
 def test_scattered_entries_cost_at_most_six_bytes():
     delta = trained(METHODS[1]).delta()
     assert delta.nbytes == 6 * delta.selection.size
@@ -308,7 +325,7 @@ def test_applying_under_a_tuner_is_refused(adapter):
     assert same(model, before)
 
 
-@pytest.mark.parametrize("change", [{"parameters": []}, {"parameters": {"w": 1}}, {"method": "x"}, {"sha256": 1}])
+@pytest.mark.parametrize("change", [{"parameters": []}, {"parameters": {"w": 1}}, {"method": "x"}, {"sha256": 1}, {"of": "all"}])
 def test_a_config_of_wrong_types_is_refused(adapter, change):
     rewrite(adapter, config=change)
     with pytest.raises(ValueError, match="damaged"):

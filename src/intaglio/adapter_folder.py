@@ -1,10 +1,11 @@
 """The adapter folder on disk: read with every check that needs no model, written so that no half of it is ever seen.
 
     adapter_config.json         method, format version, and per parameter its kind, shape, counts and base fingerprint
-    adapter_model.safetensors   per parameter: `NAME.values` in the base's type, `NAME.indices` (int32 where it fits)
+    adapter_model.safetensors   per parameter: its values, and its indices (int32 where it fits); see `key`
     README.md                   model card
 
-Nothing in it is ever executed or unpickled.
+Keys and config are those that PEFT and transformers expect of an adapter, so that one folder serves `Delta.load`,
+`PeftModel.from_pretrained` and `model.load_adapter`. Nothing in it is ever executed or unpickled.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .selection import Elements, Entries, Selection, Slices, Whole
+from .records import Record, stored_index
+from .selection import Entries, Selection
 
-__all__ = ["CONFIG", "WEIGHTS", "Contents", "read", "read_config", "tensors", "write"]
+__all__ = ["CONFIG", "FORMAT_VERSION", "PEFT_TYPE", "WEIGHTS", "Contents", "key", "read", "read_config", "tensors", "write"]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-FORMAT_VERSION = 1
+PEFT_TYPE = "INTAGLIO"
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,17 @@ class Contents:
     fingerprints: Mapping[str, str]
     method: Mapping[str, Any]
     base: str | None
+    of: int | None = None
+
+
+def key(parameter: str, kind: str) -> str:
+    """Key of a parameter's "values" or "indices" in the weights file, as PEFT writes a wrapped module's tensors.
+
+    >>> key("model.norm.weight", "values")
+    'base_model.model.model.norm.intaglio_values.weight'
+    """
+    module, _, name = parameter.rpartition(".")
+    return ".".join(filter(None, ("base_model.model", module, f"intaglio_{kind}", name)))
 
 
 def write(contents: Contents, directory: str | os.PathLike[str]) -> Path:
@@ -80,23 +94,26 @@ def read(directory: str | os.PathLike[str]) -> Contents:
     config = _own_config(folder)
     raw = _read_weights(folder / WEIGHTS, config["sha256"])
     selection, values, fingerprints = {}, {}, {}
-    for name, record in config["parameters"].items():
+    for name, fields in config["parameters"].items():
+        record = Record.parse(name, fields)
         selection[name] = _entries(name, record, raw)
-        values[name] = _take(raw, f"{name}.values")
-        fingerprints[name] = str(record["fingerprint"])
+        values[name] = _values(name, record, raw)
+        fingerprints[name] = record.fingerprint
     if raw:
-        raise ValueError(f"{folder / WEIGHTS}: holds {next(iter(raw))!r}, which {CONFIG} does not name")
-    return Contents(Selection(selection), values, fingerprints, config["method"], config["base_model_name_or_path"])
+        hint = "" if not config.get("modules_to_save") else "; it trains whole modules too (modules_to_save): use PeftModel"
+        raise ValueError(f"{folder / WEIGHTS}: holds {next(iter(raw))!r}, which {CONFIG} does not name{hint}")
+    base, of = config["base_model_name_or_path"], config.get("of")
+    return Contents(Selection(selection), values, fingerprints, config["method"], base, of)
 
 
 def tensors(contents: Contents) -> dict[str, Tensor]:
     """What the weights file holds, by key."""
     found = {}
     for name, entries in contents.selection.items():
-        found[f"{name}.values"] = contents.values[name].detach().cpu().contiguous()
-        if isinstance(entries, (Slices, Elements)):
-            narrow = torch.int32 if entries.numel <= torch.iinfo(torch.int32).max else torch.int64
-            found[f"{name}.indices"] = entries.index.cpu().to(narrow)
+        found[key(name, "values")] = contents.values[name].detach().cpu().contiguous()
+        index = stored_index(entries)
+        if index is not None:
+            found[key(name, "indices")] = index.cpu()
     return found
 
 
@@ -111,26 +128,19 @@ def _write_files(contents: Contents, folder: Path) -> None:
 def _config(contents: Contents) -> dict[str, Any]:
     from . import __version__
 
-    parameters = {name: _record(contents, name, entries) for name, entries in contents.selection.items()}
     return {
-        "peft_type": "INTAGLIO",
+        "peft_type": PEFT_TYPE,
         "format_version": FORMAT_VERSION,
         "intaglio_version": __version__,
         "base_model_name_or_path": contents.base,
         "method": contents.method,
         "trainable": contents.selection.size,
-        "parameters": parameters,
+        "of": contents.of,
+        "parameters": {
+            name: Record.of(entries, contents.values[name].dtype, contents.fingerprints[name]).to_dict()
+            for name, entries in contents.selection.items()
+        },
     }
-
-
-def _record(contents: Contents, name: str, entries: Entries) -> dict[str, Any]:
-    record: dict[str, Any] = {"kind": entries.kind, "shape": list(entries.shape)}
-    if isinstance(entries, Slices):
-        record |= {"dim": entries.dim}
-    if not isinstance(entries, Whole):
-        record |= {"indices": entries.values_shape[entries.dim if isinstance(entries, Slices) else 0]}
-    dtype = str(contents.values[name].dtype).removeprefix("torch.")
-    return record | {"dtype": dtype, "fingerprint": contents.fingerprints[name]}
 
 
 def _card(contents: Contents) -> str:
@@ -160,6 +170,8 @@ delta = Delta.load("this/folder")
 delta.apply_(model)   # the base named above becomes the tuned model
 delta.revert_(model)  # and back, bit for bit
 ```
+
+Or with PEFT: `import intaglio.hf`, then `PeftModel.from_pretrained(base, "this/folder")`.
 """
 
 
@@ -191,56 +203,56 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _own_config(folder: Path) -> dict[str, Any]:
     """The config of a folder of ours, checked as far as it goes without the weights."""
     path, config = folder / CONFIG, read_config(folder)
-    if config.get("peft_type") != "INTAGLIO":
-        raise ValueError(f"{path}: not an Intaglio adapter (peft_type is not INTAGLIO)")
+    if config.get("peft_type") != PEFT_TYPE:
+        raise ValueError(f"{path}: not an Intaglio adapter (peft_type is not {PEFT_TYPE})")
     if config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version")
         raise ValueError(f"{path}: format version {found!r}; this release reads {FORMAT_VERSION}: upgrade intaglio")
     missing = {"base_model_name_or_path", "method", "parameters", "sha256"} - config.keys()
     if missing:
         raise ValueError(f"{path}: damaged, without {', '.join(sorted(missing))}")
-    records = config["parameters"]
-    if not isinstance(records, dict) or not all(isinstance(r, dict) and "fingerprint" in r for r in records.values()):
-        raise ValueError(f"{path}: damaged, its parameters are not records with a fingerprint")
-    if not isinstance(config["method"], dict) or not isinstance(config["sha256"], str):
-        raise ValueError(f"{path}: damaged, method or sha256 is of the wrong type")
+    if not isinstance(config["parameters"], dict):
+        raise ValueError(f"{path}: damaged, its parameters are not a mapping")
+    # transformers writes the config before the weights, whose hash it cannot know then
+    hashed = config["sha256"] is None or isinstance(config["sha256"], str)
+    if not isinstance(config["method"], dict) or not hashed or not isinstance(config.get("of"), int | None):
+        raise ValueError(f"{path}: damaged, method, sha256 or of is of the wrong type")
     return config
 
 
-def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, expected: str | None) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: missing")
     raw = path.read_bytes()
     found = hashlib.sha256(raw).hexdigest()
-    if found != expected:
+    if expected is not None and found != expected:
         raise ValueError(f"{path}: damaged or truncated: SHA-256 {expected[:12]}… expected, {found[:12]}… found")
     try:
         return safetensors.torch.load(raw)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: damaged, not safetensors ({error})") from error
+        raise ValueError(f"{path}: damaged or truncated, not safetensors ({error})") from error
 
 
-def _take(raw: dict[str, Tensor], key: str) -> Tensor:
-    if key not in raw:
-        raise ValueError(f"{WEIGHTS}: has no {key!r}, which {CONFIG} names")
-    return raw.pop(key)
+def _take(raw: dict[str, Tensor], name: str, kind: str) -> Tensor:
+    if key(name, kind) not in raw:
+        raise ValueError(f"{WEIGHTS}: has no {key(name, kind)!r}, which {CONFIG} names")
+    return raw.pop(key(name, kind))
 
 
-def _entries(name: str, record: Mapping[str, Any], raw: dict[str, Tensor]) -> Entries:
+def _entries(name: str, record: Record, raw: dict[str, Tensor]) -> Entries:
     """Rebuild and check one parameter's entries."""
+    index = None if record.indices is None else _take(raw, name, "indices")
     try:
-        shape, kind = tuple(int(n) for n in record["shape"]), record["kind"]
-        if kind == "whole":
-            return Whole(shape)
-        index = _take(raw, f"{name}.indices")
-        if index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"an index must be of integers, found {index.dtype}")
-        if index.numel() != record["indices"]:
-            raise ValueError(f"{record['indices']} indices expected, {index.numel()} found")
-        if kind == "slices":
-            return Slices(shape, int(record["dim"]), index.long())
-        if kind == "elements":
-            return Elements(shape, index.long())
-        raise ValueError(f"unknown kind {kind!r}")
-    except (KeyError, TypeError, ValueError) as error:
+        return record.entries(index)
+    except ValueError as error:
         raise ValueError(f"{name}: damaged adapter: {error}") from error
+
+
+def _values(name: str, record: Record, raw: dict[str, Tensor]) -> Tensor:
+    """One parameter's values in the base's type; PEFT trains and saves them in fp32 at least."""
+    values = _take(raw, name, "values")
+    if values.dtype not in (record.dtype, torch.promote_types(record.dtype, torch.float32)):
+        raise ValueError(
+            f"{name}: damaged adapter: values must be floating-point of the base's type {record.dtype}, found {values.dtype}"
+        )
+    return values.to(record.dtype)

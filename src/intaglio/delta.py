@@ -31,6 +31,7 @@ class Delta:
         fingerprints: name → `fingerprint` of the base values at those places.
         method: the method that trained it, `{"name": …, fields}`; for the record only.
         base: name of the base model, as `from_pretrained` takes it; or None.
+        of: number of weights in the whole base model; None where it is not known.
 
     Raises:
         ValueError: naming the parameter, where shapes disagree or a value is not finite.
@@ -43,9 +44,10 @@ class Delta:
         fingerprints: Mapping[str, str],
         method: Mapping[str, Any] | None = None,
         base: str | None = None,
+        of: int | None = None,
     ) -> None:
         self.selection, self.values, self.fingerprints = selection, dict(values), dict(fingerprints)
-        self.method, self.base = dict(method or {}), base
+        self.method, self.base, self.of = dict(method or {}), base, of
         self._originals: dict[str, Tensor] | None = None
         for name, entries in selection.items():
             _check_values(name, entries, self.values.get(name))
@@ -99,7 +101,7 @@ class Delta:
         return sum(t.numel() * t.element_size() for t in adapter_folder.tensors(self._contents()).values())
 
     def _contents(self) -> adapter_folder.Contents:
-        return adapter_folder.Contents(self.selection, self.values, self.fingerprints, self.method, self.base)
+        return adapter_folder.Contents(self.selection, self.values, self.fingerprints, self.method, self.base, self.of)
 
     def __repr__(self) -> str:
         return f"Delta({self.method.get('name', '?')}, {self.selection!r}, base={self.base!r})"

@@ -114,7 +114,9 @@ class Tuner:
         """
         self.slots.settle()
         values = {slot.name: slot.entries.gather(slot.target) for slot in self.slots}
-        return Delta(self.selection, values, self.slots.fingerprints(), self.method.to_dict(), self._base)
+        own = {id(parameter) for parameter in self.slots.parameters()} - {id(slot.target) for slot in self.slots}
+        of = sum(parameter.numel() for parameter in self.model.parameters() if id(parameter) not in own)
+        return Delta(self.selection, values, self.slots.fingerprints(), self.method.to_dict(), self._base, of)
 
     def save(self, directory: str | Path) -> Path:
         """Save the adapter folder: `delta().save(directory)`."""
