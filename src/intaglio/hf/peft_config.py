@@ -139,6 +139,8 @@ class DeltaConfig(PeftConfig):
                 f"method {method.name!r} changes its choice during training, which a PEFT adapter cannot follow; train with "
                 "intaglio.attach, whose saved adapter PEFT loads"
             )
+        if self.target_modules is not None and method.name == S2FT.name:
+            return peft_places.targeted(model, self, S2FT(**{k: v for k, v in method.to_dict().items() if k != "name"}))
         chosen, _ = method.choose({}, model, 0, self.probe, self.exclude or Selection())
         return peft_places.restrict(chosen, self)
 
@@ -175,9 +177,9 @@ class DeltaConfig(PeftConfig):
     def _problems(self) -> list[str]:
         problems = []
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            problems.append("layers_to_transform has no effect on a regex; give target_modules as a list, or name the layers in it")
+            problems.append("`layers_to_transform` cannot be used when `target_modules` is a str; give a list, or name the layers in it")
         if self.layers_pattern and self.layers_to_transform is None:
-            problems.append("layers_pattern has no effect without layers_to_transform; give the layers")
+            problems.append("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         return problems
 
 
@@ -194,7 +196,7 @@ class S2FTConfig(DeltaConfig):
         target_modules: restricts the projections; explicit linear layers that are no part of a described transformer
             train the share `down` of their input columns, at least one.
 
-    The other fields are `DeltaConfig`'s.
+    The other fields are `DeltaConfig`'s, without `method`; a saved config is read back as a `DeltaConfig`.
 
     Raises:
         ValueError: as `intaglio.S2FT` and `DeltaConfig`; at injection, where a target is a projection without a share.
@@ -219,13 +221,5 @@ class S2FTConfig(DeltaConfig):
     def __post_init__(self) -> None:
         if self.method is not None:
             raise ValueError(f"S2FTConfig: method={self.method!r}: give the shares, or use DeltaConfig(method=…)")
-        self.method = self._method().to_dict()
+        self.method = S2FT(**{f.name: getattr(self, f.name) for f in dataclasses.fields(S2FT)}).to_dict()
         super().__post_init__()
-
-    def places(self, model: nn.Module) -> Selection:
-        if self.target_modules is None:
-            return super().places(model)
-        return peft_places.targeted(model, self, self._method())
-
-    def _method(self) -> S2FT:
-        return S2FT(**{f.name: getattr(self, f.name) for f in dataclasses.fields(S2FT)})

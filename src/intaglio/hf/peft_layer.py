@@ -52,6 +52,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self._unchecked: set[str] = set()  # adapters whose tensors were never held against the base
         self._originals: dict[str, dict[str, Tensor]] = {}  # of merged adapters
         self._disable_adapters, self.merged_adapters = False, []
+        if is_transposed(base_layer):  # PEFT's layers tell their sizes; other modules' own are passed on
+            self.in_features, self.out_features = self._base("weight").shape
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def update_layer(
@@ -154,7 +156,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         own = {name for adapter in present for name in self.intaglio_records[adapter]}
         weights = {name: self.effective(name, present) for name in own}
         weights |= {name: owner.effective(theirs, present) for name, (owner, theirs) in self._tied.items() if present}
-        return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
+        return _call_with(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
 
     def _forward_rows(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.merged:
@@ -244,9 +246,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _entries(self, adapter: str, name: str) -> Entries:
         return self.intaglio_records[adapter][name].entries(self._index(adapter, name))
 
-    def _base(self, name: str) -> nn.Parameter:
-        parameter = self.base_layer._parameters[name]
-        assert parameter is not None
+    def _base(self, name: str) -> Tensor:
+        parameter = getattr(self.base_layer, name)  # FSDP keeps a view of its flat parameter there
+        assert isinstance(parameter, Tensor)
         return parameter
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -290,6 +292,19 @@ def _check_loaded(layer: DeltaLayer, _: Any) -> None:
     for adapter in layer.intaglio_records:
         if layer.has_tensors(adapter):
             layer.check_tensors(adapter)
+
+
+def _call_with(module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module with other tensors in place of some of its parameters."""
+    own = vars(module)
+    shadowing = {name: own[name] for name in weights if name in own}  # FSDP puts views before the parameters
+    if not shadowing:
+        return functional_call(module, weights, args, kwargs)
+    try:
+        own.update(weights)
+        return module(*args, **kwargs)
+    finally:
+        own.update(shadowing)
 
 
 def _fresh(entries: Entries, weight: Tensor, *, noise: bool) -> tuple[Tensor | None, Tensor]:
