@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeGuard, final
 
 import torch
 from torch import Tensor
@@ -108,5 +108,5 @@ def stored_index(entries: Entries) -> Tensor | None:
     return entries.index.to(torch.int32 if entries.numel <= torch.iinfo(torch.int32).max else torch.int64)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

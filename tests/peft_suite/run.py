@@ -109,8 +109,7 @@ LEFT_OUT = {
 }
 # these modules have no in_features to show
 LEFT_OUT |= {
-    f"test_in_features_out_features_exposed[{name}": "no such sizes"
-    for name in ("Norm", "Embedding", "Conv2d", "Conv3d")
+    f"test_in_features_out_features_exposed[{name}": "no such sizes" for name in ("Norm", "Embedding", "Conv2d", "Conv3d")
 }
 
 
@@ -154,7 +153,9 @@ def main(folder: str, *arguments: str) -> int:
         decoders = {"PEFT_DECODER_MODELS_TO_TEST": paths, "SMALL_GRID_MODELS": paths, "ALL_CONFIGS": DECODER}
         swap_rows(test_decoder_models, decoders)
         swap_rows(test_config, {"ALL_CONFIG_CLASSES": CONFIGS, "LAYER_INDEXING_CONFIG_CLASSES": CONFIGS})
-        files = [f"tests/{module.__name__.rpartition('.')[2]}.py" for module in (test_config, test_custom_models, test_decoder_models)]
+        files = [
+            f"tests/{module.__name__.rpartition('.')[2]}.py" for module in (test_config, test_custom_models, test_decoder_models)
+        ]
         options = ["-q", "-c", os.devnull, "--rootdir", os.getcwd(), "-p", "no:cacheprovider", "-W", "ignore", "-rs"]
         return pytest.main([*options, *files, *arguments], plugins=[Ours()])
 

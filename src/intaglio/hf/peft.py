@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
 
-import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
@@ -57,14 +56,16 @@ class DeltaModel(BaseTuner):
             "(exclude=) and activate them together: model.base_model.set_adapter([…])"
         )
 
-    def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:
+    def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:  # type: ignore[override]
         return peft_config
 
-    def _prepare_model(self, peft_config: DeltaConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: DeltaConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Choose the places of a fresh adapter or take a saved one's, and check them all before anything changes."""
         merged = {name for layer in _layers(model) for name in layer.merged_adapters}
         if merged and not peft_config.is_fixed:
-            raise ValueError(f"adapter {sorted(merged)[0]!r} is merged into the base; call unmerge_adapter() before adding another")
+            raise ValueError(
+                f"adapter {sorted(merged)[0]!r} is merged into the base; call unmerge_adapter() before adding another"
+            )
         with unwrapped(model):
             if not peft_config.is_fixed:
                 _choose(model, peft_config)
@@ -74,7 +75,7 @@ class DeltaModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: DeltaConfig, key: str) -> Any:  # type: ignore[override]
         return key in self._places or peft_places.excluded(peft_config, key)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: DeltaConfig,
         adapter_name: str,

@@ -44,8 +44,9 @@ class PeftTypeName(str):
 TYPE = PeftTypeName(PEFT_TYPE)
 
 
-def _field(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _help(text: str) -> dict[str, str]:
+    """Metadata that command lines built from dataclasses read."""
+    return {"help": text}
 
 
 @dataclass
@@ -75,22 +76,24 @@ class DeltaConfig(PeftConfig):
         >>> model = get_peft_model(base, DeltaConfig(method={"name": "random", "budget": 0.01}))
     """
 
-    method: dict[str, Any] | None = _field(None, "name and fields of the method that chooses")
-    target_modules: list[str] | str | None = _field(None, "modules the choice is restricted to")
-    exclude_modules: list[str] | str | None = _field(None, "modules that are left alone")
-    layers_to_transform: list[int] | int | None = _field(None, "layers the choice is restricted to")
-    layers_pattern: list[str] | str | None = _field(None, "name of the list of layers")
-    modules_to_save: list[str] | None = _field(None, "modules trained and saved whole")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _field(None, "tokens whose embeddings are trained")
-    init_weights: bool = _field(True, "False starts away from the base, for tests")
-    parameters: dict[str, dict[str, Any]] | None = _field(None, "places of a saved adapter")
-    trainable: int | None = _field(None, "number of chosen weights")
-    of: int | None = _field(None, "number of weights in the whole base model")
-    sha256: str | None = _field(None, "of the saved weights")
-    format_version: int = _field(FORMAT_VERSION, "of the saved folder")
-    intaglio_version: str = _field(__version__, "that saved the folder")
-    probe: Probe | None = _field(None, "calibration data, never saved")
-    exclude: Selection | None = _field(None, "places another adapter uses, never saved")
+    method: dict[str, Any] | None = field(default=None, metadata=_help("name and fields of the method that chooses"))
+    target_modules: list[str] | str | None = field(default=None, metadata=_help("modules the choice is restricted to"))
+    exclude_modules: list[str] | str | None = field(default=None, metadata=_help("modules that are left alone"))
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=_help("layers the choice is restricted to"))
+    layers_pattern: list[str] | str | None = field(default=None, metadata=_help("name of the list of layers"))
+    modules_to_save: list[str] | None = field(default=None, metadata=_help("modules trained and saved whole"))
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata=_help("tokens whose embeddings are trained")
+    )
+    init_weights: bool = field(default=True, metadata=_help("False starts away from the base, for tests"))
+    parameters: dict[str, dict[str, Any]] | None = field(default=None, metadata=_help("places of a saved adapter"))
+    trainable: int | None = field(default=None, metadata=_help("number of chosen weights"))
+    of: int | None = field(default=None, metadata=_help("number of weights in the whole base model"))
+    sha256: str | None = field(default=None, metadata=_help("of the saved weights"))
+    format_version: int = field(default=FORMAT_VERSION, metadata=_help("of the saved folder"))
+    intaglio_version: str = field(default=__version__, metadata=_help("that saved the folder"))
+    probe: Probe | None = field(default=None, metadata=_help("calibration data, never saved"))
+    exclude: Selection | None = field(default=None, metadata=_help("places another adapter uses, never saved"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,20 +167,20 @@ class DeltaConfig(PeftConfig):
         Raises:
             ValueError: where the weights' hash is not the recorded one.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path) / (subfolder or "") / WEIGHTS
         if config.sha256 is not None and weights.is_file():
             found = hashlib.sha256(weights.read_bytes()).hexdigest()
             if found != config.sha256:
-                raise ValueError(
-                    f"{weights}: damaged or truncated: SHA-256 {config.sha256[:12]}… expected, {found[:12]}… found"
-                )
+                raise ValueError(f"{weights}: damaged or truncated: SHA-256 {config.sha256[:12]}… expected, {found[:12]}… found")
         return config
 
     def _problems(self) -> list[str]:
         problems = []
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            problems.append("`layers_to_transform` cannot be used when `target_modules` is a str; give a list, or name the layers in it")
+            problems.append(
+                "`layers_to_transform` cannot be used when `target_modules` is a str; give a list, or name the layers in it"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         return problems
@@ -207,16 +210,16 @@ class S2FTConfig(DeltaConfig):
     Paper: arXiv 2412.06289.
     """
 
-    q: int | float | None = _field(None, "share of query heads, rows of the query projection")
-    k: int | float | None = _field(None, "share of key-value heads, rows of the key projection")
-    v: int | float | None = _field(None, "share of key-value heads, rows of the value projection")
-    o: int | float | None = _field(0.05, "share of query heads, columns of the output projection")
-    up: int | float | None = _field(None, "share of FFN channels, rows of the up projection")
-    gate: int | float | None = _field(None, "share of FFN channels, rows of the gate projection")
-    down: int | float | None = _field(0.02, "share of FFN channels, columns of the down projection")
-    select: str = _field("random", "what units are ranked by")
-    largest: bool = _field(False, "take the largest norms")
-    seed: int = _field(0, "of the random draw")
+    q: int | float | None = field(default=None, metadata=_help("share of query heads, rows of the query projection"))
+    k: int | float | None = field(default=None, metadata=_help("share of key-value heads, rows of the key projection"))
+    v: int | float | None = field(default=None, metadata=_help("share of key-value heads, rows of the value projection"))
+    o: int | float | None = field(default=0.05, metadata=_help("share of query heads, columns of the output projection"))
+    up: int | float | None = field(default=None, metadata=_help("share of FFN channels, rows of the up projection"))
+    gate: int | float | None = field(default=None, metadata=_help("share of FFN channels, rows of the gate projection"))
+    down: int | float | None = field(default=0.02, metadata=_help("share of FFN channels, columns of the down projection"))
+    select: str = field(default="random", metadata=_help("what units are ranked by"))
+    largest: bool = field(default=False, metadata=_help("take the largest norms"))
+    seed: int = field(default=0, metadata=_help("of the random draw"))
 
     def __post_init__(self) -> None:
         if self.method is not None:

@@ -10,16 +10,15 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ..records import Record, stored_index
+from ..records import Record
 from ..selection import Entries, Selection
-from ..slots import fingerprint
 from ..structure import is_transposed
 from .batches import split_rows
+from .peft_tensors import call_with, check_base, fresh, replaced, vacant
 from .thin import add_slices
 
-__all__ = ["DeltaLayer", "check_base"]
+__all__ = ["DeltaLayer"]
 
 
 @final
@@ -77,7 +76,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         values, indices = nn.ParameterDict(), BufferDict(persistent=True)
         for name, record in records.items():
             weight = self._base(name)
-            index, start = _fresh(entries[name], weight, noise=noise) if name in entries else _vacant(record, weight)
+            index, start = fresh(entries[name], weight, noise=noise) if name in entries else vacant(record, weight)
             values[name] = nn.Parameter(start)
             if index is not None:
                 indices[name] = index
@@ -141,7 +140,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         weight = self._base(name)
         for adapter in [] if self.merged else adapters:
             if adapter in self.intaglio_records and name in self.intaglio_records[adapter]:
-                weight = _replaced(weight, self._values(adapter)[name], self._index(adapter, name), self._dim(adapter, name))
+                weight = replaced(weight, self._values(adapter)[name], self._index(adapter, name), self._dim(adapter, name))
         return weight
 
     def _forward(self, adapters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,7 +155,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         own = {name for adapter in present for name in self.intaglio_records[adapter]}
         weights = {name: self.effective(name, present) for name in own}
         weights |= {name: owner.effective(theirs, present) for name, (owner, theirs) in self._tied.items() if present}
-        return _call_with(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
+        return call_with(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
 
     def _forward_rows(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.merged:
@@ -206,7 +205,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         for name, record in self.intaglio_records[adapter].items():
             full, values = f"{self._path}.{name}", self._values(adapter)[name]
-            index = self.intaglio_indices[adapter][name] if record.indices is not None else None
+            index = self._indices(adapter)[name] if record.indices is not None else None
             try:
                 entries = record.entries(index)
             except ValueError as error:
@@ -236,9 +235,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return values
 
     def _index(self, adapter: str, name: str) -> Tensor | None:
+        indices = self._indices(adapter)
+        return indices[name].long() if self.intaglio_records[adapter][name].indices is not None else None
+
+    def _indices(self, adapter: str) -> BufferDict:
         indices = self.intaglio_indices[adapter]
         assert isinstance(indices, BufferDict)
-        return indices[name].long() if name in indices else None
+        return indices
 
     def _dim(self, adapter: str, name: str) -> int | None:
         return self.intaglio_records[adapter][name].dim
@@ -271,66 +274,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return f"intaglio.{super().__repr__()}"
 
 
-def check_base(name: str, record: Record, entries: Entries, weight: Tensor) -> None:
-    """Refuse a base that is not the one an adapter was trained on.
-
-    Raises:
-        ValueError: naming the parameter, what was expected and what was found.
-    """
-    if weight.dtype != record.dtype:
-        raise ValueError(f"{name}: trained on a {record.dtype} base, the model is {weight.dtype}; load it with dtype={record.dtype}")
-    found = fingerprint(entries.to(weight.device).gather(weight))
-    if found != record.fingerprint:
-        raise ValueError(
-            f"{name}: base fingerprint {record.fingerprint} expected, {found} found: the model is not the base this adapter "
-            "was trained on, or it has been changed since"
-        )
-
-
 def _check_loaded(layer: DeltaLayer, _: Any) -> None:
     """After `load_state_dict`: hold against the base what has been loaded."""
     for adapter in layer.intaglio_records:
         if layer.has_tensors(adapter):
             layer.check_tensors(adapter)
-
-
-def _call_with(module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a module with other tensors in place of some of its parameters."""
-    own = vars(module)
-    shadowing = {name: own[name] for name in weights if name in own}  # FSDP puts views before the parameters
-    if not shadowing:
-        return functional_call(module, weights, args, kwargs)
-    try:
-        own.update(weights)
-        return module(*args, **kwargs)
-    finally:
-        own.update(shadowing)
-
-
-def _fresh(entries: Entries, weight: Tensor, *, noise: bool) -> tuple[Tensor | None, Tensor]:
-    """Stored index and start values of a new adapter: the base's own."""
-    base = entries.to(weight.device).gather(weight)
-    values = base.to(torch.promote_types(weight.dtype, torch.float32))
-    if noise:
-        values = values + torch.randn_like(values) * values.abs().mean()
-    index = stored_index(entries)
-    return None if index is None else index.to(weight.device), values
-
-
-def _vacant(record: Record, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Index and values that mean "not loaded": they fail every check."""
-    dtype = torch.promote_types(record.dtype, torch.float32)
-    values = torch.full(record.values_shape, float("nan"), dtype=dtype, device=weight.device)
-    if record.indices is None:
-        return None, values
-    return torch.full((record.indices,), -1, dtype=record.index_dtype, device=weight.device), values
-
-
-def _replaced(weight: Tensor, values: Tensor, index: Tensor | None, dim: int | None) -> Tensor:
-    """`weight` with `values`, rounded to its type, at `index`; a new tensor."""
-    values = values.to(weight.dtype)
-    if index is None:
-        return values
-    if dim is not None:
-        return weight.index_copy(dim, index, values)
-    return weight.flatten().index_copy(0, index, values).view(weight.shape)

@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..families import ROLES
 from ..methods.s2ft import S2FT
 from ..scores import stable_seed
 from ..selection import Entries, Selection, Slices
-from ..families import ROLES
 from ..structure import describe, is_transposed
 
 if TYPE_CHECKING:
@@ -35,20 +35,20 @@ def owner(parameter: str) -> str:
 @contextmanager
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     """The base model as it was before any adapter, for the length of a `with` block."""
-    wrappers = [
-        (path, module, module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module)
-        for path, module in model.named_modules()
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    ]
-    outer = {path for path, _, _ in wrappers}
-    wrappers = [w for w in wrappers if not any(owner_path in outer for owner_path in _ancestors(w[0]))]
-    parents = [(model.get_submodule(owner(path)), path.rpartition(".")[2]) for path, _, _ in wrappers]
+    wrappers: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for path, module in model.named_modules():
+        inner = _inside(module)
+        if inner is not None and not any(outer in wrappers for outer in _ancestors(path)):
+            wrappers[path] = module, inner
+    parents = {path: (model.get_submodule(owner(path)), path.rpartition(".")[2]) for path in wrappers}
     try:
-        for (parent, name), (_, _, inner) in zip(parents, wrappers, strict=True):
+        for path, (_, inner) in wrappers.items():
+            parent, name = parents[path]
             parent._modules[name] = inner
         yield model
     finally:
-        for (parent, name), (_, wrapper, _) in zip(parents, wrappers, strict=True):
+        for path, (wrapper, _) in wrappers.items():
+            parent, name = parents[path]
             parent._modules[name] = wrapper
 
 
@@ -56,7 +56,8 @@ def matched(model: nn.Module, config: DeltaConfig) -> list[str]:
     """Modules that `target_modules` and the other restrictions name."""
     view = _view(config, config.target_modules)
     if config.target_modules == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+        head = get_head()
         names = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
         view.target_modules = sorted({name.rpartition(".")[2] for name in names})
         return [name for name in names if check_target_module_exists(view, name)]
@@ -121,6 +122,13 @@ def _view(config: DeltaConfig, targets: Any) -> SimpleNamespace:
     )
 
 
+def _inside(module: nn.Module) -> nn.Module | None:
+    """The base's module inside one of PEFT's wrappers."""
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else None
+
+
 def _ancestors(path: str) -> Iterator[str]:
     while path:
         path = owner(path)
@@ -159,7 +167,7 @@ def _columns(path: str, module: nn.Module, method: S2FT, exclude: Selection) -> 
     name, weight = f"{path}.weight", module._parameters["weight"]
     assert weight is not None
     dim = 0 if is_transposed(module) else 1
-    taken = exclude[name] if name in exclude else None
+    taken = exclude.get(name)
     used = set() if taken is None else set(torch.unravel_index(taken.flat(), taken.shape)[dim].tolist())
     free = [column for column in range(weight.shape[dim]) if column not in used]
     if not free:
