@@ -110,6 +110,13 @@ class DeltaModel(BaseTuner):
         assert isinstance(layer, DeltaLayer)  # named_parameters gives the owner before those that share
         return layer
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in a module's place, or back: any module, not only those that own a `weight`."""
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        """Always allowed: values are swapped within the tensor that tied modules share, which PEFT warns about."""
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Values train in fp32; PEFT's `autocast_adapter_dtype=False` asks for the base's type."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -122,9 +121,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Put the base's values back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        """Put the base's values back, bit for bit; a layer that no merged adapter changed has nothing to do."""
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             for name, original in self._originals.pop(adapter).items():
@@ -235,8 +232,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return values
 
     def _index(self, adapter: str, name: str) -> Tensor | None:
-        indices = self._indices(adapter)
-        return indices[name].long() if self.intaglio_records[adapter][name].indices is not None else None
+        index = self._indices(adapter)[name] if self.intaglio_records[adapter][name].indices is not None else None
+        return None if index is None else index.long()
 
     def _indices(self, adapter: str) -> BufferDict:
         indices = self.intaglio_indices[adapter]
