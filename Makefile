@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test peft-suite lint format clean help
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
 	@echo "make test    the whole test-suite        make lint    ruff, pyright, import-linter"
+	@echo "make peft-suite  PEFT's own tests on our configs (fetches its source distribution)"
 	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
 
 # Torch first, so that nothing else pulls a build of its choice. Where the default index serves a CUDA build (Linux) and
@@ -36,6 +37,17 @@ demo: $(DEMO_READY)
 test: $(DEMO_READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+# PEFT's tests come with its source distribution, in the version that is installed.
+build/peft/.ready: $(READY)
+	rm -rf build/peft && mkdir -p build/peft
+	$(BIN)/python -m pip download -q --no-deps --no-build-isolation --no-binary :all: -d build/peft \
+		"peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')"
+	tar -xzf build/peft/peft-*.tar.gz -C build/peft --strip-components 1
+	touch $@
+
+peft-suite: build/peft/.ready
+	$(BIN)/python tests/peft_suite/run.py build/peft $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -47,4 +59,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build

@@ -71,7 +71,7 @@ def test_run_files_in_the_docs_are_valid(tmp_path):
 def test_commands_in_the_docs_exist():
     """Every `intaglio …` and `make …` line names a real command, real options and valid overrides."""
     commands = re.findall(r"@app.command\(\)\ndef (\w+)", (ROOT / "src/intaglio/cli.py").read_text())
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     seen = set()
     for page in PAGES:
         for line in "\n".join(blocks(page, "bash")).splitlines():
