@@ -170,7 +170,8 @@ def test_attach_refuses_and_leaves_the_model_unchanged():
     before, required = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     cases = [
         (S2FT(o=0.01, down=0.25), "rounds to nothing"),
-        (S2FT(o=9, down=0.25), "S2FT.o=9"),
+        (S2FT(o=9, down=0.25), "S2FT.o=9: a count must lie between 1 and the 8 query heads"),
+        (S2FT(v=0.1), "S2FT.v=0.1: rounds to nothing of 4 key-value heads; give at least 0.25 or a count"),
         (Random(budget=10**9), "budget=1000000000"),
         (Random(include=("*.nothing.*",)), "matches no parameter"),
         (Full(include=("x",)), "names look like"),
