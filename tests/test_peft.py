@@ -75,10 +75,23 @@ def refuses(message):
     return pytest.raises(ValueError, match=message)
 
 
-@pytest.mark.parametrize("name", ["gqa_llama", "tied_llama", "fused_phi3", "transposed_gpt2", "mixtral", "bert"])
+MOST = ["gqa_llama", "tied_llama", "fused_phi3", "transposed_gpt2", "mixtral", "bert"]
+
+
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("method", AT_START)
 def test_every_method_loads_everywhere(method, name, tmp_path):
     """Checklist 16: on a fresh base, by every loader, logits to 1e-5; merged, every bit."""
+    check_loaders(name, method, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(set(tiny.MODELS) - {"deberta", *MOST}))
+def test_whole_weights_reach_every_layout(name, tmp_path):
+    """Every parameter through a wrapper: a module that read a weight past it would show."""
+    check_loaders(name, "full", tmp_path)
+
+
+def check_loaders(name, method, tmp_path):
     folder = delta_folder(tmp_path, {"name": method} | AT_START[method], name)
     expected = applied(folder, name)
     loaded = PeftModel.from_pretrained(tiny.build(name), folder).eval()
@@ -92,7 +105,9 @@ def test_every_method_loads_everywhere(method, name, tmp_path):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("name", ["gqa_llama", "qkv_bias_qwen2", "transposed_gpt2", "opt"])
-@pytest.mark.parametrize("config", [S2FTConfig(**S2FT, task_type="CAUSAL_LM"), DeltaConfig(method=RANDOM)], ids=["s2ft", "random"])
+@pytest.mark.parametrize(
+    "config", [S2FTConfig(**S2FT, task_type="CAUSAL_LM"), DeltaConfig(method=RANDOM)], ids=["s2ft", "random"]
+)
 def test_a_folder_that_peft_saves_is_a_delta(config, name, dtype, tmp_path):
     model = trained(copy.deepcopy(config), name, dtype)
     tuned = logits(model, name)
@@ -149,7 +164,9 @@ def test_mixed_batches_equal_each_adapter_merged(name):
             if adapter != "__base__":
                 model.set_adapter(adapter)
                 model.merge_adapter()
-            alone = model.get_base_model()(**batch).logits[row] if adapter != "__base__" else tiny.build(name)(**batch).logits[row]
+            alone = (
+                model.get_base_model()(**batch).logits[row] if adapter != "__base__" else tiny.build(name)(**batch).logits[row]
+            )
             assert (mixed[row] - alone).abs().max() < 1e-5
             if adapter != "__base__":
                 model.unmerge_adapter()
@@ -181,6 +198,15 @@ def test_mixed_batches_are_refused_where_they_cannot_be_right():
     experts = get_peft_model(tiny.build("mixtral"), DeltaConfig(method={"name": "full", "include": ("*experts*",)})).eval()
     with refuses("experts.*one adapter at a time"):
         logits(experts, "mixtral", adapter_names=names)
+    flat = get_peft_model(tiny.build("opt"), S2FTConfig(**S2FT)).eval()
+    with refuses("fc2.*one adapter at a time"):
+        logits(flat, "opt", adapter_names=names)
+
+
+@pytest.mark.parametrize("config", [S2FTConfig(**S2FT), DeltaConfig(method=RANDOM)], ids=["s2ft", "random"])
+def test_it_compiles(config):
+    model = get_peft_model(tiny.build("gqa_llama"), copy.deepcopy(config)).eval()
+    assert torch.equal(logits(torch.compile(model, backend="aot_eager")), logits(model))
 
 
 def test_several_adapters_switch_disable_and_go():
@@ -194,6 +220,8 @@ def test_several_adapters_switch_disable_and_go():
         assert torch.equal(logits(model), outputs[adapter])
         assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {adapter}
     assert not torch.equal(outputs["default"], outputs["rows"])
+    status = model.get_model_status()
+    assert (status.enabled, set(status.peft_types.values())) == (True, {"INTAGLIO"})
     model.set_adapter("default")
     model.delete_adapter("rows")
     assert torch.equal(logits(model), outputs["default"])

@@ -17,8 +17,6 @@ from intaglio.selection import Elements, Whole
 from intaglio.slots import fingerprint
 from test_peft import RANDOM, S2FT, delta_folder, logits, refuses, trained
 
-FULL = {"name": "full"}
-
 
 @pytest.fixture(scope="module", params=[{"name": "s2ft"} | S2FT, RANDOM], ids=lambda m: m["name"])
 def folder(request, tmp_path_factory):
@@ -219,6 +217,25 @@ def test_adapters_are_chosen_in_the_bare_base():
 def test_mistakes_are_answered(make, message):
     with refuses(message):
         make()
+
+
+def test_a_config_describes_one_base():
+    config = S2FTConfig(**S2FT)
+    get_peft_model(tiny.build("gqa_llama"), config)
+    get_peft_model(tiny.build("gqa_llama"), config)
+    with refuses("S2FTConfig: already describes an adapter of another base"):
+        get_peft_model(tiny.build("gqa_llama", seed=1), config)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")  # PEFT says so too
+def test_tied_and_token_embeddings_are_not_changed_by_halves():
+    whole = {"name": "full", "include": ["model.embed_tokens*"]}
+    for restriction in ({"modules_to_save": ["lm_head"]}, {"exclude_modules": ["lm_head"]}):
+        with refuses("lm_head.weight: is model.embed_tokens.weight"):
+            get_peft_model(tiny.build("tied_llama"), DeltaConfig(method=whole, **restriction))
+    for tokens in ([3], {"embed_tokens": [3]}):
+        with refuses("embed_tokens.weight: trainable_token_indices"):
+            get_peft_model(tiny.build("gqa_llama"), DeltaConfig(method=whole, trainable_token_indices=tokens))
 
 
 def test_values_that_overflow_are_found_by_a_safe_merge():

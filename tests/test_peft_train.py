@@ -97,7 +97,9 @@ def test_dpo_trainer_takes_the_config(base, tmp_path):
 
 def test_dpo_goes_on_from_a_loaded_adapter(base, tmp_path):
     """TRL adds a reference copy of the adapter and copies parameters only; the copy must share its places."""
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), S2FTConfig(**S2FT, init_weights=False))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), S2FTConfig(**S2FT, init_weights=False)
+    )
     model.save_pretrained(tmp_path / "adapter")
     before = logits(model)
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -21,7 +21,7 @@ from ..selection import Entries, Selection
 from ..slots import fingerprint
 from . import peft_places
 from .peft_config import TYPE, DeltaConfig, S2FTConfig
-from .peft_guard import check_module, check_parameter, refuse_nested, refuse_quantized
+from .peft_guard import check_module, check_parameter, check_tied, check_tokens, refuse_nested, refuse_quantized
 from .peft_layer import DeltaLayer
 from .peft_places import owner, unwrapped
 
@@ -162,12 +162,20 @@ def _choose(model: nn.Module, config: DeltaConfig) -> None:
     """Choose a fresh adapter's places in the bare base and write them into the config.
 
     A config that is used again on the same base keeps its choice, so that copies of an adapter share their places.
+
+    Raises:
+        ValueError: for a config that was used on another base, whose adapter it still describes.
     """
+    refuse_quantized(model)
     parameters = dict(model.named_parameters())
-    if config.chosen is None or _describe(parameters, config.chosen) != config.parameters:
-        refuse_quantized(model)
+    if config.chosen is None:
         config.chosen = config.places(model)
-    config.parameters = _describe(parameters, config.chosen)
+        config.parameters = _describe(parameters, config.chosen)
+    elif _describe(parameters, config.chosen) != config.parameters:
+        raise ValueError(
+            f"{type(config).__name__}: already describes an adapter of another base, with which it is saved; make a new config "
+            "for this model"
+        )
     config.trainable = config.chosen.size
     config.of = sum(parameter.numel() for parameter in parameters.values())
 
@@ -192,6 +200,7 @@ def _plan(model: nn.Module, config: DeltaConfig) -> dict[str, _Places]:
     for name, record in config.records.items():
         check_parameter(name, record, parameters.get(name), config.base_model_name_or_path)
         check_module(model, name)
+        check_tokens(model, name, config.trainable_token_indices)
         place = places.setdefault(owner(name), _Places())
         place.records[name.rpartition(".")[2]] = record
         if chosen is not None:
@@ -200,6 +209,7 @@ def _plan(model: nn.Module, config: DeltaConfig) -> dict[str, _Places]:
         full = primary[id(parameter)]
         if full != name and full in config.records:
             check_module(model, name)
+            check_tied(name, full, left_out=peft_places.excluded(config, owner(name)) is not False)
             places.setdefault(owner(name), _Places()).tied[name.rpartition(".")[2]] = full
     return places
 

@@ -36,9 +36,13 @@ class PeftTypeName(str):
     @property
     def value(self) -> str:
         """The string itself."""
-        return str(self)
+        return str.__str__(self)
 
     name = value
+
+    def __str__(self) -> str:
+        """As an enum's member prints: PEFT's status shows what follows the dot."""
+        return f"PeftType.{self.value}"
 
 
 TYPE = PeftTypeName(PEFT_TYPE)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
@@ -11,7 +12,7 @@ from ..records import Record
 from .peft_layer import DeltaLayer
 from .peft_places import owner
 
-__all__ = ["check_module", "check_parameter", "refuse_nested", "refuse_quantized"]
+__all__ = ["check_module", "check_parameter", "check_tied", "check_tokens", "refuse_nested", "refuse_quantized"]
 
 _READ_ELSEWHERE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they hand their children's weights to fused kernels
 _MAMBA_KERNELS = {"out_proj", "conv1d"}  # Mamba's fused kernels read these weights directly
@@ -69,6 +70,33 @@ def check_module(model: nn.Module, parameter: str) -> None:
             f"{parameter}: {type(parent).__name__} reads this weight past any wrapper, so the adapter would be ignored; use "
             "intaglio.Delta.apply_"
         )
+
+
+def check_tied(name: str, full: str, *, left_out: bool) -> None:
+    """Refuse to change one of two tied parameters while a restriction leaves the other's module out.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if left_out:
+        raise ValueError(
+            f"{name}: is {full}, which the adapter changes, but exclude_modules or modules_to_save names its module; leave "
+            "both out, or neither"
+        )
+
+
+def check_tokens(model: nn.Module, parameter: str, tokens: Any) -> None:
+    """Refuse entries in an embedding whose rows `trainable_token_indices` trains.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    if tokens is None:
+        return
+    path, get_embedding = owner(parameter), getattr(model, "get_input_embeddings", lambda: None)
+    named = isinstance(tokens, Mapping) and any(path == key or path.endswith(f".{key}") for key in tokens)
+    if named or model.get_submodule(path) is get_embedding():
+        raise ValueError(f"{parameter}: trainable_token_indices trains rows of it; leave it out of the adapter (exclude_modules)")
 
 
 def refuse_nested(model: nn.Module, places: Iterable[str]) -> None:
