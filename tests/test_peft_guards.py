@@ -15,7 +15,7 @@ from intaglio.adapter_folder import CONFIG, WEIGHTS
 from intaglio.hf import DeltaConfig, S2FTConfig
 from intaglio.selection import Elements, Whole
 from intaglio.slots import fingerprint
-from test_peft import RANDOM, S2FT, delta_folder, logits, refuses, trained
+from peft_tools import RANDOM, S2FT, delta_folder, logits, refuses, trained
 
 
 @pytest.fixture(scope="module", params=[{"name": "s2ft"} | S2FT, RANDOM], ids=lambda m: m["name"])

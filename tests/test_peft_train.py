@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 import tiny
 from intaglio import Delta
 from intaglio.hf import DeltaConfig, S2FTConfig
-from test_peft import RANDOM, S2FT, logits, same
+from peft_tools import RANDOM, S2FT, logits, same
 
 COMMON = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 ROWS = [{"prompt": f"add {i} and 1: ", "completion": str(i + 1)} for i in range(8)]

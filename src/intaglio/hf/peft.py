@@ -168,15 +168,14 @@ def _choose(model: nn.Module, config: DeltaConfig) -> None:
     """
     refuse_quantized(model)
     parameters = dict(model.named_parameters())
-    if config.chosen is None:
-        config.chosen = config.places(model)
-        config.parameters = _describe(parameters, config.chosen)
-    elif _describe(parameters, config.chosen) != config.parameters:
+    chosen = config.chosen or config.places(model)
+    described = _describe(parameters, chosen)
+    if config.chosen and described != config.parameters:
         raise ValueError(
             f"{type(config).__name__}: already describes an adapter of another base, with which it is saved; make a new config "
             "for this model"
         )
-    config.trainable = config.chosen.size
+    config.chosen, config.parameters, config.trainable = chosen, described, chosen.size
     config.of = sum(parameter.numel() for parameter in parameters.values())
 
 
