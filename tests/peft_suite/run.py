@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
+import transformers
 
 import tiny
 from intaglio.hf import DeltaConfig, S2FTConfig
@@ -56,25 +57,41 @@ SEVERAL = [
     ("Random Different", "random", DeltaConfig, LIN0 | {"method": RANDOM}, LIN1 | {"method": RANDOM}),
 ]  # fmt: skip
 
-DECODER = [
-    (S2FTConfig, {"task_type": "CAUSAL_LM", "o": 0.5, "down": 0.3}),
-    (S2FTConfig, {"task_type": "CAUSAL_LM", "o": None, "down": 0.3, "v": 0.5, "init_weights": False}),
-    (DeltaConfig, {"task_type": "CAUSAL_LM", "method": {"name": "random", "budget": 0.05, "include": ("*layers*",)}}),
-    (DeltaConfig, {"task_type": "CAUSAL_LM", "method": {"name": "full", "include": ("*mlp*", "*norm*")}}),
-]
+
+def transformer(task: str, layers: str = "*layer*") -> list[tuple]:
+    """Rows for whole transformers: S2FT, and entries and whole tensors of the layers."""
+    common = {"task_type": task}
+    return [
+        (S2FTConfig, common | {"o": 0.5, "down": 0.3}),
+        (S2FTConfig, common | {"o": None, "down": 0.3, "v": 0.5, "init_weights": False}),
+        *others(task, layers),
+    ]
+
+
+def others(task: str, layers: str) -> list[tuple]:
+    return [
+        (DeltaConfig, {"task_type": task, "method": {"name": "random", "budget": 0.05, "include": (layers,)}}),
+        (DeltaConfig, {"task_type": task, "method": {"name": "full", "include": (layers,)}}),
+    ]
+
+
 CONFIGS = [(S2FTConfig, {}), (DeltaConfig, {"method": RANDOM})]
 
 
-def local_models(folder: Path) -> list[str]:
-    """Write two tiny decoders; PEFT's tests use token 1, which must not be the padding token."""
-    paths = []
-    for trait in ("gqa_llama", "qkv_bias_qwen2"):
-        path = folder / trait.rpartition("_")[0]  # tests are skipped where a path holds "llama", for another method's sake
-        model = tiny.build(trait)
-        model.generation_config.pad_token_id = model.config.pad_token_id = 0
-        model.save_pretrained(path)
-        paths.append(str(path))
-    return paths
+def t5() -> transformers.PreTrainedModel:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+
+
+def write(folder: Path, **models: transformers.PreTrainedModel) -> list[str]:
+    """Write tiny models; PEFT's tests use token 1, which must not be the padding token."""
+    for name, model in models.items():
+        model.config.pad_token_id = 0
+        if model.can_generate():
+            model.generation_config.pad_token_id = 0
+        model.save_pretrained(folder / name)
+    return [str(folder / name) for name in models]
 
 
 def swap_rows(module: ModuleType, rows: dict[str, list]) -> None:
@@ -139,23 +156,49 @@ def main(folder: str, *arguments: str) -> int:
         stub = ModuleType("diffusers")
         stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
         sys.modules["diffusers"] = stub
-    from tests import test_config, test_custom_models, test_decoder_models, testing_common
+    from tests import (
+        test_config,
+        test_custom_models,
+        test_decoder_models,
+        test_encoder_decoder_models,
+        test_feature_extraction_models,
+        test_seq_classifier,
+        testing_common,
+    )
 
     # Their tests of mixed batches ask whether the config is one that can: ours can.
     test_decoder_models.LoraConfig = testing_common.LoraConfig = S2FTConfig
-
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as models:
-        paths = local_models(Path(models))
-        classes = [S2FTConfig]  # built with a target alone, where DeltaConfig wants its method
-        custom = {"TEST_CASES": CUSTOM, "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": SEVERAL, "ALL_PEFT_CONFIG_CLASSES": classes}
-        swap_rows(test_custom_models, custom)
-        decoders = {"PEFT_DECODER_MODELS_TO_TEST": paths, "SMALL_GRID_MODELS": paths, "ALL_CONFIGS": DECODER}
-        swap_rows(test_decoder_models, decoders)
-        swap_rows(test_config, {"ALL_CONFIG_CLASSES": CONFIGS, "LAYER_INDEXING_CONFIG_CLASSES": CONFIGS})
-        files = [
-            f"tests/{module.__name__.rpartition('.')[2]}.py" for module in (test_config, test_custom_models, test_decoder_models)
-        ]
+    with tempfile.TemporaryDirectory() as name:
+        # Some tests are skipped where a path holds "llama", for another method's sake.
+        decoders = write(Path(name), gqa=tiny.build("gqa_llama"), qkv_bias=tiny.build("qkv_bias_qwen2"))
+        encoders = write(Path(name), bert=tiny.build("bert"), roberta=tiny.build("roberta"))
+        headless = write(Path(name), bert_encoder=tiny.build("bert").bert, deberta_encoder=tiny.build("deberta_v2").deberta)
+        rows = {
+            test_config: {"ALL_CONFIG_CLASSES": CONFIGS, "LAYER_INDEXING_CONFIG_CLASSES": CONFIGS},
+            test_custom_models: {
+                "TEST_CASES": CUSTOM,
+                "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": SEVERAL,
+                "ALL_PEFT_CONFIG_CLASSES": [S2FTConfig],  # built with a target alone, where DeltaConfig wants its method
+            },
+            test_decoder_models: {
+                "PEFT_DECODER_MODELS_TO_TEST": decoders,
+                "SMALL_GRID_MODELS": decoders,
+                "ALL_CONFIGS": transformer("CAUSAL_LM"),
+            },
+            test_seq_classifier: {"PEFT_SEQ_CLS_MODELS_TO_TEST": encoders, "ALL_CONFIGS": transformer("SEQ_CLS")},
+            test_feature_extraction_models: {
+                "PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST": headless,
+                "ALL_CONFIGS": transformer("FEATURE_EXTRACTION"),
+            },
+            test_encoder_decoder_models: {
+                "PEFT_ENCODER_DECODER_MODELS_TO_TEST": write(Path(name), t5=t5()),
+                "ALL_CONFIGS": others("SEQ_2_SEQ_LM", "*block*"),
+            },
+        }
+        for module, new in rows.items():
+            swap_rows(module, new)
+        files = [f"tests/{module.__name__.rpartition('.')[2]}.py" for module in rows]
         options = ["-q", "-c", os.devnull, "--rootdir", os.getcwd(), "-p", "no:cacheprovider", "-W", "ignore", "-rs"]
         return pytest.main([*options, *files, *arguments], plugins=[Ours()])
 
