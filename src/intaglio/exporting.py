@@ -101,9 +101,11 @@ def _load(source: _Source) -> tuple[Any, Any]:
 
     check_available(source.name, **source.arguments)
     try:
-        tokenizer = load_tokenizer(source.name, chat_template=source.template, **source.arguments)
+        tokenizer = load_tokenizer(source.name, **source.arguments)
     except ValueError:
         tokenizer = None  # a base without one
+    if source.template is not None:
+        tokenizer = load_tokenizer(source.name, chat_template=source.template, **source.arguments)
     return load_model(source.name, **source.arguments), tokenizer
 
 

@@ -85,7 +85,7 @@ def to_lora(
         inference_mode=True,
     )
     config.target_modules = targets  # LoraConfig makes a set of it, whose order on disk would be chance
-    figures = {"rank": rank, "modules": len(owners), "targets": targets}
+    figures = {"to": "lora", "rank": rank, "modules": len(owners), "targets": targets}
     try:
         return export_peft(delta, model, directory, config, build, tokenizer=tokenizer, overwrite=overwrite, figures=figures)
     except InexactExport as error:

@@ -46,7 +46,7 @@ def export_peft(
         build: from name → tuned minus base value (fp32, compact) to the tensors of adapter_model.safetensors.
         tokenizer: for prompts of text; without one prompts are drawn.
         overwrite: replace an earlier export.
-        figures: of this kind of export, for the result.
+        figures: for the result; `to` says what is exported.
 
     Raises:
         ValueError: for another base, a target that exists, or an export that is not exact.
@@ -59,8 +59,8 @@ def export_peft(
             work.float()
             reference = answer(work, prompts(work, tokenizer))
         check = compare(reference, _load(work, folder))
-        (folder / "README.md").write_text(_card(delta, str(config.peft_type.value)), encoding="utf-8")
-        return write_marker(folder, directory, delta, {"to": config.peft_type.value.lower(), **figures, **check})
+        (folder / "README.md").write_text(_card(delta, figures["to"]), encoding="utf-8")
+        return write_marker(folder, directory, delta, {**figures, **check})
 
 
 def write_marker(folder: Path, directory: str | os.PathLike[str], delta: Delta, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _load(model: Any, folder: Path) -> Any:
 
 
 def _card(delta: Delta, kind: str) -> str:
-    return _CARD.format(base=delta.base or "BASE", kind=kind, tag=kind.lower(), method=json.dumps(delta.method))
+    return _CARD.format(base=delta.base or "BASE", kind=kind.upper(), tag=kind, method=json.dumps(delta.method))
 
 
 _CARD = """---

@@ -75,10 +75,9 @@ def to_supertuning(
     )
     config.target_modules = targets  # the config makes a set of it, whose order on disk would be chance
     padded = sum(_slots(entries.numel, sparsity) for entries in delta.selection.values())
-    figures = {"sparsity": sparsity, "modules": len(owners), "targets": targets, "entries": delta.selection.size}
-    return export_peft(
-        delta, model, directory, config, build, tokenizer=tokenizer, overwrite=overwrite, figures=figures | {"padded": padded}
-    )
+    figures = {"to": "supertuning", "sparsity": sparsity, "modules": len(owners), "targets": targets}
+    figures |= {"entries": delta.selection.size, "padded": padded}
+    return export_peft(delta, model, directory, config, build, tokenizer=tokenizer, overwrite=overwrite, figures=figures)
 
 
 def _slots(numel: int, sparsity: float) -> int:
@@ -100,10 +99,5 @@ def _padded(entries: Entries, difference: Tensor, slots: int) -> tuple[Tensor, T
     unused = torch.ones(entries.numel, dtype=torch.bool)
     unused[index] = False
     fill = unused.nonzero().flatten()[: slots - index.numel()]
-    values = torch.cat([_in_flat_order(entries, difference), torch.zeros(fill.numel())])
-    return torch.cat([index, fill]).int(), values
-
-
-def _in_flat_order(entries: Entries, difference: Tensor) -> Tensor:
-    """Compact values in the order of `entries.flat()`, which is that of their own memory for every kind of entries."""
-    return difference.flatten()
+    # Compact values lie in memory in the order of `flat()`, for every kind of entries.
+    return torch.cat([index, fill]).int(), torch.cat([difference.flatten(), torch.zeros(fill.numel())])
