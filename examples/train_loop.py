@@ -16,7 +16,7 @@ batch = tokenizer(
     "An intaglio is cut into the surface, not built on top of it.", return_tensors="pt", return_token_type_ids=False
 )
 
-tuner = attach(model, S2FT(channels=0.03, heads=0.25))
+tuner = attach(model, S2FT(o=0.25, down=0.03))
 print(tuner.selection)
 optimizer = tuner.optimizer(torch.optim.AdamW, lr=2e-3)
 for step in range(5):

@@ -17,7 +17,7 @@ from intaglio.adapter_folder import WEIGHTS
 
 RUN = """
 model: {{name: "{model}"}}
-method: {{name: s2ft, channels: 0.25, heads: 0.5}}
+method: {{name: s2ft, o: 0.5, down: 0.25}}
 data:
   task: reasoning_gym/chain_sum
   settings: {{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}}
@@ -115,7 +115,7 @@ def test_evaluate_gives_the_runs_own_score(place):
 @pytest.mark.parametrize("method", ["s2ft", "random", "full", "lora"])
 def test_resume_in_a_new_process_is_bit_exact(place, method):
     """10 steps = 5, a crash, and 5 in a new process; the model is bf16, so full-precision values must survive too."""
-    block = {"s2ft": "{name: s2ft, channels: 0.25, heads: 0.5}", "random": "{name: random, budget: 500}"}
+    block = {"s2ft": "{name: s2ft, o: 0.5, down: 0.25}", "random": "{name: random, budget: 500}"}
     settings = [f"method={block.get(method, '{name: ' + method + '}')}", "model.dtype=bfloat16", "evaluate.before=false"]
     settings += ["evaluate.limit=1", f"train.output_dir=runs/{method}"]
     intaglio("train", "run.yaml", *settings, cwd=place)
@@ -152,7 +152,7 @@ def test_a_run_killed_at_any_moment_resumes(place):
 
 def test_an_earlier_run_is_never_mixed_or_lost(place):
     before = (place / "runs/run/run.json").read_bytes()
-    for mistake in ("data={train: nowhere.jsonl}", "method.heads=0.001"):  # found before, and only after loading
+    for mistake in ("data={train: nowhere.jsonl}", "method.o=0.001"):  # found before, and only after loading
         done = intaglio("train", "run.yaml", "--overwrite", mistake, cwd=place, check=False)
         assert done.returncode == 2
         assert Delta.load(place / "runs/run/adapter").selection.size > 0
@@ -169,15 +169,15 @@ def test_methods_lists_all(place):
 
     listed = json.loads(intaglio("methods", "--json", cwd=place).stdout)
     assert listed.keys() == METHODS.keys()
-    assert "channels" in intaglio("methods", cwd=place).stdout
+    assert "down" in intaglio("methods", cwd=place).stdout
 
 
 MISTAKES = {
     "method": (["method.name=s2tf"], "did you mean 's2ft'"),
-    "key": (["method.chanels=0.1"], "did you mean 'channels'"),
-    "target": (["method.targets=[downn]"], "unknown 'downn'"),
-    "share 0": (["method.channels=0.0"], "above 0"),
-    "share above 1": (["method.channels=1.01"], "at most 1.0"),
+    "key": (["method.larges=true"], "did you mean 'largest'"),
+    "target": (["method.downn=0.1"], "did you mean 'down'"),
+    "share 0": (["method.down=0.0"], "above 0"),
+    "share above 1": (["method.down=1.01"], "at most 1.0"),
     "budget of nothing": (["method={name: random, budget: 1e-9}"], "rounds to nothing"),
     "missing data": (["data={train: nowhere.jsonl}"], "nowhere.jsonl: no such file"),
     "missing model": (["model.name=nobody/nothing"], "model.name='nobody/nothing'"),

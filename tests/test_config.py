@@ -8,9 +8,9 @@ GOOD = {"method": {"name": "s2ft"}, "data": {"task": "reasoning_gym/chain_sum"}}
 def test_defaults_and_overrides(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("data: {task: reasoning_gym/chain_sum}\ntrain: {learning_rate: 1e-3}\n")
-    config = load_config(path, ["method.channels=0.5", "train.max_steps=7", "data.settings.min_terms=2", "evaluate.limit=3"])
+    config = load_config(path, ["method.down=0.5", "train.max_steps=7", "data.settings.min_terms=2", "evaluate.limit=3"])
     assert config.model.name == "smollm2-135m"
-    assert config.method == {"name": "s2ft", "channels": 0.5}
+    assert config.method == {"name": "s2ft", "down": 0.5}
     assert config.train == {"learning_rate": 1e-3, "max_steps": 7}
     assert config.data.settings == {"min_terms": 2}
     assert config.evaluate is not None
@@ -24,8 +24,8 @@ def test_model_block_passes_other_keys_on():
 
 BAD = {
     "method": ({"method": {"name": "s2tf"}}, "did you mean 's2ft'"),
-    "method field": ({"method": {"name": "s2ft", "channel": 0.1}}, "did you mean 'channels'"),
-    "share": ({"method": {"name": "s2ft", "channels": 1.5}}, "at most 1.0"),
+    "method field": ({"method": {"name": "s2ft", "dwn": 0.1}}, "did you mean 'down'"),
+    "share": ({"method": {"name": "s2ft", "down": 1.5}}, "at most 1.0"),
     "lora field": ({"method": {"name": "lora", "rank": 8}}, "method.rank: unknown key"),
     "block": ({"trian": {}}, "did you mean 'train'"),
     "data key": ({"data": {"task": "reasoning_gym/gcd", "sed": 1}}, "did you mean 'seed'"),
@@ -36,7 +36,7 @@ BAD = {
     "test with task": ({"data": {"task": "reasoning_gym/gcd", "test": "x.csv"}}, "no effect"),
     "extract": ({"evaluate": {"extract": "("}}, "not a regular expression"),
     "output_dir": ({"train": {"output_dir": 2024}}, "wanted is a folder's name"),
-    "method type": ({"method": {"name": "s2ft", "targets": None}}, "wanted is a list of names"),
+    "method type": ({"method": {"name": "s2ft", "select": "best"}}, "wanted is one of random"),
     "method name type": ({"method": {"name": ["s2ft"]}}, "unknown"),
     "type": ({"data": {"task": "reasoning_gym/gcd", "train_size": "many"}}, "data.train_size.*'many'"),
     "range": ({"evaluate": {"batch_size": 0}}, "greater than or equal to 1"),

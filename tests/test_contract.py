@@ -13,9 +13,9 @@ from intaglio.methods import METHODS, build
 # Settings that select something in a model of two layers with four heads; a method without a row runs on its defaults.
 SETTINGS = {
     "s2ft": [
-        {"channels": 0.25, "heads": 0.25},
-        {"channels": 6, "heads": 0.5, "targets": ["q", "k", "v", "o", "up", "down"], "seed": 3},
-        {"channels": None, "targets": ["o"], "heads": 0.5},
+        {"o": 0.25, "down": 0.25},
+        {"q": 0.25, "k": 0.5, "v": 0.5, "o": 0.5, "up": 6, "down": 10, "seed": 3},
+        {"o": 0.5, "down": None, "select": "weight", "largest": True},
     ],
     "random": [{"budget": 0.05}, {"budget": 37, "seed": 1}],
     "pafi": [{"budget": 0.02}],

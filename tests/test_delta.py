@@ -17,7 +17,7 @@ from intaglio.delta import Delta as DeltaClass
 from intaglio.selection import Elements, Selection, Slices, Whole
 from intaglio.slots import fingerprint
 
-METHODS = [S2FT(channels=0.25, heads=0.5), Random(budget=0.05)]
+METHODS = [S2FT(o=0.5, down=0.25), Random(budget=0.05)]
 
 
 def state(model):

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tiny
 from intaglio import S2FT, Full, attach
 
-METHODS = [S2FT(channels=0.25, heads=0.5, targets=("v", "o", "up", "down")), Full()]
+METHODS = [S2FT(v=0.5, o=0.5, up=0.25, down=0.25), Full()]
 
 
 def halves(step):

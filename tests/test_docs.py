@@ -38,7 +38,7 @@ def tiny_folder(tmp_path_factory):
 def on_a_tiny_model(monkeypatch, tmp_path, tiny_folder):
     """In an empty folder, with the hub's model swapped for a tiny one on disk."""
     monkeypatch.chdir(tmp_path)
-    return lambda code: code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny_folder).replace("heads=0.06", "heads=0.25")
+    return lambda code: code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny_folder).replace("o=0.06", "o=0.25")
 
 
 def test_readme_code_runs(on_a_tiny_model):
@@ -109,7 +109,7 @@ def run(*command, cwd):
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_run(recipe, tmp_path, tiny_folder):
-    settings = [f"model.name={tiny_folder}", "train.max_steps=2", "evaluate.limit=2", "method.heads=0.25", "train.use_cpu=true"]
+    settings = [f"model.name={tiny_folder}", "train.max_steps=2", "evaluate.limit=2", "method.o=0.25", "train.use_cpu=true"]
     run("-m", "intaglio", "train", recipe, *settings, cwd=tmp_path)
     assert (tmp_path / "runs" / recipe.stem / "adapter/adapter_config.json").exists()
 

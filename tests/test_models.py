@@ -16,7 +16,7 @@ def test_it_loads_trains_and_reloads_exactly(tmp_path):
     model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.config._name_or_path == "smollm2-135m"
-    tuner = attach(model, S2FT(channels=0.03, heads=0.06))
+    tuner = attach(model, S2FT(o=0.06, down=0.03))
     assert tuner.selection.size == 1_385_856
     batch = tokenizer("23 + 19 = 42", return_tensors="pt")
     optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-3)

@@ -126,7 +126,7 @@ def test_bytes_kept_by_the_projections_of_a_model():
     """The same inside a transformer: o and down add their selected columns, and nothing else, to a frozen model."""
     name, tokens = "gqa_llama", 3 * 12
     model, batch = tiny.build(name), tiny.batch(name)
-    tuner = attach(model, S2FT(channels=0.25, heads=0.25))
+    tuner = attach(model, S2FT(o=0.25, down=0.25))
     kept_by = {}
     for layer in describe(model):
         for role in ("o", "down"):
@@ -171,10 +171,10 @@ def gradients(model, batch, **context):
 def test_gradient_checkpointing_changes_no_bit(name, reentrant):
     batch = tiny.batch(name)
     plain = tiny.build(name).train()
-    attach(plain, S2FT(channels=0.25, heads=0.5))
+    attach(plain, S2FT(o=0.5, down=0.25))
     expected = gradients(plain, batch)
     model = tiny.build(name).train()
-    attach(model, S2FT(channels=0.25, heads=0.5))
+    attach(model, S2FT(o=0.5, down=0.25))
     model.config.use_cache = False
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
@@ -195,7 +195,7 @@ def test_checkpointed_layer_alone():
 
 @pytest.mark.parametrize("name", ["gqa_llama", "qkv_bias_qwen2", "opt"])
 def test_autocast_bf16_equals_the_dense_twin(name):
-    batch, method = tiny.batch(name), S2FT(channels=0.25, heads=0.5, targets=("v", "o", "up", "down"))
+    batch, method = tiny.batch(name), S2FT(v=0.5, o=0.5, up=0.25, down=0.25)
     grads = []
     for partial in (True, False):
         model = tiny.build(name)
@@ -215,7 +215,7 @@ def test_autocast_bf16_equals_the_dense_twin(name):
 def test_compile_gives_the_same_gradients(name):
     batch = tiny.batch(name)
     model = tiny.build(name)
-    tuner = attach(model, S2FT(channels=0.25, heads=0.5, targets=("v", "o", "up", "down")))
+    tuner = attach(model, S2FT(v=0.5, o=0.5, up=0.25, down=0.25))
     expected = gradients(model, batch)
     for slot in tuner.slots:
         slot.values.grad = None
@@ -224,14 +224,14 @@ def test_compile_gives_the_same_gradients(name):
         torch.testing.assert_close(slot.values.grad, want, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("targets", [("o", "down"), ("q", "k", "v", "o", "up", "down")])
+@pytest.mark.parametrize("shares", [{}, {"q": 0.25, "k": 0.5, "v": 0.5, "up": 0.3}])
 @pytest.mark.parametrize("name", tiny.MODELS)
-def test_partial_and_dense_paths_agree(name, targets):
+def test_partial_and_dense_paths_agree(name, shares):
     """The fast path against its plain twin, over every architecture, three updates long."""
     weights = []
     for partial in (True, False):
         model = tiny.build(name, dtype=torch.float64)
-        tuner = attach(model, S2FT(channels=0.25, heads=0.5, targets=targets), partial=partial)
+        tuner = attach(model, S2FT(o=0.5, down=0.25, **shares), partial=partial)
         optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1)
         for _ in range(3):
             model(**tiny.batch(name)).loss.backward()

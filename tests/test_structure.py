@@ -4,7 +4,8 @@ import transformers as tf
 from torch import nn
 
 import tiny
-from intaglio.structure import ROLES, describe
+from intaglio.families import ROLES
+from intaglio.structure import describe
 
 
 def zero(model, projection, units):
@@ -65,7 +66,7 @@ def test_silencing_a_value_head_is_silencing_its_output_columns(name):
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_silencing_an_up_channel_is_silencing_its_down_column(name):
-    by_up, by_down = logits(name, {"up": [3, 40]}), logits(name, {"down": [3, 40]})
+    by_up, by_down = logits(name, {"up": [3, 20]}), logits(name, {"down": [3, 20]})
     torch.testing.assert_close(by_up, by_down, rtol=0, atol=1e-5)
     assert (by_up - logits(name, {})).abs().max() > 1e-4
 
@@ -117,15 +118,16 @@ def test_unknown_model_is_refused_by_name(model):
         describe(model)
 
 
-def test_experts_are_refused_not_misread():
-    """Sparse layers have no up and down of their own; a stack that mixes them with dense ones is not even."""
+def test_stacks_of_sparse_and_dense_layers():
+    """Each layer by its own row; a layer that no row fits is refused, not passed over."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
     settings = tiny.LLAMA | {"num_key_value_heads": 2} | experts
-    sparse = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**settings))
     mixed = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**settings, mlp_only_layers=[0]))
-    with pytest.raises(ValueError, match="no stack of layers"):
-        describe(sparse)
-    with pytest.raises(ValueError, match=r"model\.layers\.1 is not built like model\.layers\.0"):
+    dense, sparse = (layer.projections["down"] for layer in describe(mixed))
+    assert (dense.parameter, dense.units) == ("model.layers.0.mlp.down_proj.weight", 48)
+    assert (sparse.parameter, sparse.units, sparse.dim) == ("model.layers.1.mlp.experts.down_proj", 24, 2)
+    mixed.model.layers[1].mlp = torch.nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"model\.layers\.1 is not built like the other layers"):
         describe(mixed)
 
 

@@ -57,6 +57,20 @@ CAUSAL: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "transposed_gpt2": _gpt2,
     "interleaved_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**LLAMA)),
     "opt": _opt,
+    "mixtral": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**LLAMA, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2)
+    ),
+    "qwen2_moe": lambda: tf.Qwen2MoeForCausalLM(
+        tf.Qwen2MoeConfig(
+            **LLAMA,
+            num_key_value_heads=2,
+            num_experts=3,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=16,
+            decoder_sparse_step=2,
+        )
+    ),
 }
 ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "bert": lambda: _encoder(tf.BertConfig, tf.BertForSequenceClassification),
@@ -67,6 +81,7 @@ ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "deberta_v2": lambda: _encoder(tf.DebertaV2Config, tf.DebertaV2ForSequenceClassification),
 }
 MODELS = CAUSAL | ENCODERS
+MIXTURES = ("mixtral", "qwen2_moe")  # all experts of a layer in one 3-D weight
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tf.PreTrainedModel:
@@ -76,6 +91,8 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tf
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+    if name in MIXTURES:
+        model.set_experts_implementation("eager")  # the default, grouped products, knows no fp64
     return model.to(dtype).eval()
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .methods import Full as Full
     from .methods import PaFi as PaFi
     from .methods import Random as Random
+    from .probe import Batches as Batches
     from .selection import Selection as Selection
     from .training import train as train
     from .tuner import Tuner as Tuner
@@ -26,13 +27,14 @@ _HOME = {
     "Tuner": "tuner",
     "Delta": "delta",
     "Selection": "selection",
+    "Batches": "probe",
     "S2FT": "methods",
     "Random": "methods",
     "PaFi": "methods",
     "Full": "methods",
     "train": "training",
 }
-__all__ = ["S2FT", "Delta", "Full", "PaFi", "Random", "Selection", "Tuner", "attach", "train"]
+__all__ = ["S2FT", "Batches", "Delta", "Full", "PaFi", "Random", "Selection", "Tuner", "attach", "train"]
 
 
 def __getattr__(name: str) -> Any:

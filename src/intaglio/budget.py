@@ -13,7 +13,7 @@ from .selection import Selection, from_flat
 __all__ = ["resolve_budget", "top_k"]
 
 
-def resolve_budget(budget: int | float, total: int, *, name: str = "budget") -> int:
+def resolve_budget(budget: int | float, total: int, *, name: str = "budget", unit: str = "candidates") -> int:
     """Turn a budget into a number of entries: an int counts entries, a float in (0, 1] is a share of `total`.
 
     >>> resolve_budget(0.5, 7), resolve_budget(3, 7)
@@ -23,23 +23,25 @@ def resolve_budget(budget: int | float, total: int, *, name: str = "budget") -> 
         budget: entries (int, 1 … total) or share (float, 0 < share ≤ 1; rounded half up).
         total: number of candidates, entries or units.
         name: the argument's name for the error.
+        unit: what is counted, for the error.
 
     Raises:
         ValueError: outside those ranges, or where a share rounds to nothing.
     """
     if total == 0:
-        raise ValueError(f"{name}={budget}: nothing is left to choose from; exclude less")
+        raise ValueError(f"{name}={budget}: of the {unit} nothing is left to choose from; exclude less")
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise ValueError(f"{name}={budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)")
     if isinstance(budget, int):
         if not 1 <= budget <= total:
-            raise ValueError(f"{name}={budget}: a count must lie between 1 and the {total:,} candidates")
+            raise ValueError(f"{name}={budget}: a count must lie between 1 and the {total:,} {unit}")
         return budget
     if not 0.0 < budget <= 1.0:
         raise ValueError(f"{name}={budget}: a share must be above 0 and at most 1.0")
     resolved = math.floor(budget * total + 0.5)
     if resolved == 0:
-        raise ValueError(f"{name}={budget}: rounds to nothing of {total:,} candidates; give at least {1 / total:.2g}")
+        least = math.ceil(1e4 / total) / 1e4
+        raise ValueError(f"{name}={budget}: rounds to nothing of {total:,} {unit}; give at least {least} or a count")
     return resolved
 
 

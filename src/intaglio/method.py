@@ -9,29 +9,18 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from .budget import resolve_budget, top_k
+from .probe import Probe
 from .selection import Selection
 
-__all__ = ["Method", "Phase", "Probe", "ScoredMethod", "State", "matching", "refuse"]
+__all__ = ["Method", "Phase", "ScoredMethod", "State", "matching", "refuse"]
 
 Phase = Literal["start", "forward", "update"]
 State = Mapping[str, Any]  # tensors and JSON values only: it is written into checkpoints
-
-
-class Probe(Protocol):
-    """Data a method may look at before or during training: calibration, Fisher information, layer importance."""
-
-    def batch(self) -> Mapping[str, Tensor]:
-        """The next batch, on the model's device."""
-        ...
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Scalar loss of `model` on `batch`."""
-        ...
 
 
 class Method(ABC):
@@ -41,12 +30,17 @@ class Method(ABC):
     summary: ClassVar[str]  # one line for tables and --help
     phase: ClassVar[Phase] = "start"
 
+    @property
+    def needs_probe(self) -> bool:
+        """Whether `choose` looks at data."""
+        return False
+
     @abstractmethod
     def candidates(self, model: nn.Module) -> set[str]:
         """Names of the parameters that may ever be selected."""
 
     @abstractmethod
-    def select(
+    def choose(
         self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
     ) -> tuple[Selection, State]:
         """Choose entries.
@@ -94,7 +88,7 @@ class ScoredMethod(Method):
     def candidates(self, model: nn.Module) -> set[str]:
         return set(matching(model, self.include))
 
-    def select(
+    def choose(
         self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
     ) -> tuple[Selection, State]:
         weights = matching(model, self.include)

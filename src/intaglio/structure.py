@@ -1,115 +1,24 @@
 """What a transformer is made of: decoder layers, attention heads, FFN channels, and where each sits in the weights.
 
-The only module that knows architectures. Each is a row of `FAMILIES` (data, not code) and is recognised by its module
-paths, never by a class name, so that a new model which follows an old layout works unchanged. Where no row fits, the
-FFN of a home-made stack is found by its shapes alone; what cannot be described is refused by name.
+Reads the rows of `families.FAMILIES`. Where no row fits, the FFN of a home-made stack is found by its shapes alone; what
+cannot be described is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "ROLES", "Family", "Layer", "Part", "Projection", "describe", "is_transposed"]
+from .families import FAMILIES, Family, Part
 
-ROLES = ("q", "k", "v", "o", "up", "gate", "down")
+__all__ = ["Layer", "Projection", "describe", "is_transposed"]
+
 _READS_UNITS = {"o", "down"}  # these consume heads or channels; the others produce them
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where one role lives inside a layer: a module path, and its place if several roles share one fused weight."""
-
-    path: str
-    fused: str = ""  # "": alone; "blocks": role after role (Phi-3); "heads": interleaved head by head (GPT-NeoX)
-    order: tuple[str, ...] = ()  # the roles of a fused weight, in their order there
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row: the module paths of a decoder (or encoder) layer."""
-
-    name: str
-    parts: Mapping[str, Part]
-
-
-def _separate(name: str, **paths: str) -> Family:
-    return Family(name, {role: Part(path) for role, path in paths.items()})
-
-
-def _fused(path: str, fused: str, *order: str) -> dict[str, Part]:
-    return {role: Part(path, fused, order) for role in order}
-
-
-def _llama_like(name: str, attention: str, **ffn: str) -> Family:
-    qkv = {role: f"{attention}.{role}_proj" for role in "qkv"}
-    return _separate(name, **qkv, **ffn)
-
-
-FAMILIES: tuple[Family, ...] = (
-    # Llama, Mistral, Qwen2, Qwen3, Gemma, OLMo-2, SmolLM, Granite …
-    _llama_like("llama", "self_attn", o="self_attn.o_proj", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),
-    _llama_like("opt", "self_attn", o="self_attn.out_proj", up="fc1", down="fc2"),
-    Family(
-        "phi3",
-        {
-            **_fused("self_attn.qkv_proj", "blocks", "q", "k", "v"),
-            "o": Part("self_attn.o_proj"),
-            **_fused("mlp.gate_up_proj", "blocks", "gate", "up"),
-            "down": Part("mlp.down_proj"),
-        },
-    ),
-    Family(
-        "gpt2",
-        {
-            **_fused("attn.c_attn", "blocks", "q", "k", "v"),
-            "o": Part("attn.c_proj"),
-            "up": Part("mlp.c_fc"),
-            "down": Part("mlp.c_proj"),
-        },
-    ),
-    Family(
-        "gpt_neox",
-        {
-            **_fused("attention.query_key_value", "heads", "q", "k", "v"),
-            "o": Part("attention.dense"),
-            "up": Part("mlp.dense_h_to_4h"),
-            "down": Part("mlp.dense_4h_to_h"),
-        },
-    ),
-    # BERT, RoBERTa, ELECTRA, XLM-R …
-    _separate(
-        "bert",
-        q="attention.self.query",
-        k="attention.self.key",
-        v="attention.self.value",
-        o="attention.output.dense",
-        up="intermediate.dense",
-        down="output.dense",
-    ),
-    _separate(
-        "deberta_v2",
-        q="attention.self.query_proj",
-        k="attention.self.key_proj",
-        v="attention.self.value_proj",
-        o="attention.output.dense",
-        up="intermediate.dense",
-        down="output.dense",
-    ),
-    Family(
-        "deberta",
-        {
-            **_fused("attention.self.in_proj", "heads", "q", "k", "v"),
-            "o": Part("attention.output.dense"),
-            "up": Part("intermediate.dense"),
-            "down": Part("output.dense"),
-        },
-    ),
-)
+_FFN = {"up", "gate", "down"}
 
 
 @final
@@ -134,6 +43,10 @@ class Projection:
         starts = self.offset + units.sort().values * self.stride
         return (starts[:, None] + torch.arange(self.width)).flatten()
 
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Sum of one value per position along `dim` over each unit: `[shape[dim]]` → `[units]`."""
+        return values[self.index(torch.arange(self.units)).to(values.device)].view(self.units, self.width).sum(-1)
+
     def owners(self, index: Tensor) -> Tensor:
         """Units that own any of the positions `index` along `dim`; positions of other roles are passed over."""
         unit = torch.div(index - self.offset, self.stride, rounding_mode="floor")
@@ -144,10 +57,17 @@ class Projection:
 @final
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the stack: its module path and its projections by role."""
+    """One layer of the stack.
+
+    Attributes:
+        name: its module path.
+        projections: by role; a layer found by shape alone has only `up`, `gate` and `down`.
+        followers: by role, parameters with one value (or row) per position of that role's heads, by full name.
+    """
 
     name: str
     projections: Mapping[str, Projection]
+    followers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def describe(model: nn.Module) -> list[Layer]:
@@ -157,16 +77,16 @@ def describe(model: nn.Module) -> list[Layer]:
         model: any module that holds its layers in an `nn.ModuleList`; heads are read from `model.config`.
 
     Returns:
-        One `Layer` per layer; a layer found by shape alone has only `up`, `gate` and `down`.
+        One `Layer` per layer.
 
     Raises:
-        ValueError: naming the model class, where no stack of layers with known projections is found.
+        ValueError: naming the model class, where no stack of layers with known projections is found, or the layer of a
+            stack that is not built like any known one.
     """
-    for family in FAMILIES:
-        fitting = [(name, module) for name, module in _stacked(model) if _fits(module, family)]
-        _refuse_mixed(model, fitting)
-        if fitting:
-            return [_by_family(model, name, module, family) for name, module in fitting]
+    families = {name: family for name, layer in _stacked(model) if (family := _family_of(layer)) is not None}
+    if families:
+        _refuse_unknown(model, set(families))
+        return [_by_family(model, name, layer, families[name]) for name, layer in _stacked(model) if name in families]
     layers = [layer for name, module in _stacked(model) if (layer := _by_shape(name, module)) is not None]
     if layers:
         return layers
@@ -189,29 +109,52 @@ def _stacked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{name}.{position}" if name else str(position), layer
 
 
-def _find(module: nn.Module, path: str) -> nn.Module | None:
-    """The projection at `path`, below PEFT's wrapper where there is one."""
-    for step in path.split("."):
+@dataclass(frozen=True)
+class _Found:
+    """A projection's weight: path below the layer, tensor, and whether it is stored as [in, out]."""
+
+    path: str
+    weight: Tensor
+    transposed: bool
+
+    def dim(self, *, reads: bool) -> int:
+        """Dimension of the inputs (reads) or outputs; experts, where there are any, come first."""
+        return self.weight.dim() - 2 + int(reads != self.transposed)
+
+    def width(self, *, reads: bool) -> int:
+        return self.weight.shape[self.dim(reads=reads)]
+
+
+def _find(layer: nn.Module, part: Part) -> _Found | None:
+    """The weight of a part, below PEFT's wrapper where there is one."""
+    module, path = layer, part.path
+    for step in part.path.split("."):
         child = module._modules.get(step)
         if child is None:
             return None
         module = child
-    base = module._modules.get("base_layer", module)
-    weight = base._parameters.get("weight") if base is not None else None
-    return base if weight is not None and weight.dim() == 2 else None
+    base = module._modules.get("base_layer")
+    if base is not None:
+        module, path = base, f"{path}.base_layer"
+    weight = module._parameters.get(part.parameter)
+    expected = 2 if part.parameter == "weight" else 3
+    if weight is None or weight.dim() != expected:
+        return None
+    return _Found(f"{path}.{part.parameter}", weight, is_transposed(module))
 
 
-def _fits(layer: nn.Module, family: Family) -> bool:
-    return all(_find(layer, part.path) is not None for part in family.parts.values())
+def _family_of(layer: nn.Module) -> Family | None:
+    return next((f for f in FAMILIES if all(_find(layer, part) is not None for part in f.parts.values())), None)
 
 
-def _refuse_mixed(model: nn.Module, fitting: list[tuple[str, nn.Module]]) -> None:
-    """Refuse a stack of which only some layers fit (mixtures of experts): "the same in every layer" would be untrue."""
-    stacks, names = {name.rpartition(".")[0] for name, _ in fitting}, {name for name, _ in fitting}
+def _refuse_unknown(model: nn.Module, known: set[str]) -> None:
+    """Refuse a stack of which only some layers are understood: "the same in every layer" would be untrue."""
+    stacks = {name.rpartition(".")[0] for name in known}
     for name, _ in _stacked(model):
-        if name.rpartition(".")[0] in stacks and name not in names:
+        if name.rpartition(".")[0] in stacks and name not in known:
             raise ValueError(
-                f"model {type(model).__name__}: {name} is not built like {fitting[0][0]}; mixed stacks are not supported yet"
+                f"model {type(model).__name__}: {name} is not built like the other layers of its stack, nor like any known "
+                f"layout ({', '.join(family.name for family in FAMILIES)})"
             )
 
 
@@ -242,71 +185,51 @@ def _heads(model: nn.Module, reads: int) -> _Heads:
 
 
 def _by_family(model: nn.Module, name: str, layer: nn.Module, family: Family) -> Layer:
-    output = _find(layer, family.parts["o"].path)
-    down = _find(layer, family.parts["down"].path)
-    assert output is not None  # _fits has seen them
-    assert down is not None
-    heads, channels = _heads(model, _width(output, reads=True)), _width(down, reads=True)
+    found = {role: weight for role, part in family.parts.items() if (weight := _find(layer, part)) is not None}
+    heads, channels = _heads(model, found["o"].width(reads=True)), found["down"].width(reads=True)
     projections = {}
     for role, part in family.parts.items():
-        module = _find(layer, part.path)
-        assert module is not None
-        is_ffn = role in ("up", "gate", "down")
-        units, width = (channels, 1) if is_ffn else (heads.units(role), heads.width)
+        units, width = (channels, 1) if role in _FFN else (heads.units(role), heads.width)
         offset, stride = _place(role, part, heads, channels)
-        where = _path_of(layer, module)
-        projections[role] = _projection(f"{name}.{where}", module, role, units, width, offset, stride)
-    return Layer(name, projections)
+        projections[role] = _projection(name, found[role], role, units, width, offset, stride)
+    below = dict(layer.named_parameters())
+    followers = {role: tuple(f"{name}.{path}" for path in paths if path in below) for role, paths in family.followers.items()}
+    return Layer(name, projections, followers)
 
 
 def _place(role: str, part: Part, heads: _Heads, channels: int) -> tuple[int, int]:
     """(offset, stride) of a role's units inside its weight."""
-    width = 1 if role in ("up", "gate", "down") else heads.width
+    width = 1 if role in _FFN else heads.width
     position = part.order.index(role) if part.fused else 0
     if part.fused == "heads":
         return position * width, len(part.order) * width
     before = part.order[:position]
-    return sum(channels if r in ("up", "gate") else heads.units(r) * heads.width for r in before), width
+    return sum(channels if r in _FFN else heads.units(r) * heads.width for r in before), width
 
 
-def _path_of(layer: nn.Module, module: nn.Module) -> str:
-    return next(name for name, candidate in layer.named_modules() if candidate is module)
-
-
-def _width(module: nn.Module, *, reads: bool) -> int:
-    """Number of inputs (reads=True) or outputs of a projection."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight.shape[int(reads) if not is_transposed(module) else int(not reads)]
-
-
-def _projection(path: str, module: nn.Module, role: str, units: int, width: int, offset: int, stride: int) -> Projection:
-    reads = role in _READS_UNITS
-    weight = module._parameters["weight"]
-    assert weight is not None
-    dim = int(reads != is_transposed(module))
-    last = offset + (units - 1) * stride + width
-    if last > weight.shape[dim]:
-        raise ValueError(f"{path}: {units} units of {width} need {last} positions, its weight has {list(weight.shape)}")
-    return Projection(f"{path}.weight", tuple(weight.shape), dim, units, width, offset, stride)
+def _projection(layer: str, found: _Found, role: str, units: int, width: int, offset: int, stride: int) -> Projection:
+    dim, name = found.dim(reads=role in _READS_UNITS), f"{layer}.{found.path}"
+    if offset + (units - 1) * stride + width > found.weight.shape[dim]:
+        raise ValueError(f"{name}: {units} units of {width} at {offset} do not fit its shape {list(found.weight.shape)}")
+    return Projection(name, tuple(found.weight.shape), dim, units, width, offset, stride)
 
 
 def _by_shape(name: str, layer: nn.Module) -> Layer | None:
     """Describe the one FFN of an unknown layer; None where there is none, or more than one (experts)."""
-    attention = {
-        part.path.rpartition(".")[0] for family in FAMILIES for part in family.parts.values() if _find(layer, part.path)
-    } - {""}
+    attention = {part.path.rpartition(".")[0] for family in FAMILIES for part in family.parts.values() if _find(layer, part)} - {
+        ""
+    }
     found = []
     for path, parent in layer.named_modules():
         linears = {n: m for n, m in parent.named_children() if isinstance(m, nn.Linear)}
         roles = _ffn_roles(linears) if path not in attention else {}
         if roles:
-            prefix = f"{name}.{path}" if path else name
-            found.append({role: (f"{prefix}.{n}", linears[n]) for role, n in roles.items()})
+            below = {role: f"{path}.{n}" if path else n for role, n in roles.items()}
+            found.append({role: _Found(f"{below[role]}.weight", linears[n].weight, False) for role, n in roles.items()})
     if len(found) != 1:
         return None
-    wide = found[0]["down"][1].in_features
-    return Layer(name, {role: _projection(path, m, role, wide, 1, 0, 1) for role, (path, m) in found[0].items()})
+    wide = found[0]["down"].width(reads=True)
+    return Layer(name, {role: _projection(name, weight, role, wide, 1, 0, 1) for role, weight in found[0].items()})
 
 
 def _ffn_roles(linears: Mapping[str, nn.Linear]) -> dict[str, str]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .delta import Delta
-from .method import Method, Probe, State
+from .method import Method, State
+from .probe import Probe
 from .selection import Selection
 from .slots import Slots
 
@@ -32,7 +33,7 @@ def attach(
 
     Args:
         model: any `nn.Module`; methods that choose structures need a transformer.
-        method: what to select, e.g. `S2FT(channels=0.02)`.
+        method: what to select, e.g. `S2FT(down=0.02)`.
         probe: data for methods that look at data.
         exclude: entries that must stay frozen, e.g. another adapter's selection.
         base: name of the base model for the adapter; default `model.config._name_or_path`, without local paths.
@@ -46,14 +47,14 @@ def attach(
         ValueError: where the model is attached already, or the method does not fit it; the model is then unchanged.
 
     Example:
-        >>> tuner = attach(model, S2FT(channels=0.02, heads=0.05))
+        >>> tuner = attach(model, S2FT(o=0.05, down=0.02))
         >>> optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-3)
         >>> loss = model(**batch).loss; loss.backward(); optimizer.step(); optimizer.zero_grad()
         >>> tuner.save("adapter")
     """
     if Slots.REGISTERED_AS in model._modules:
         raise ValueError("this model has a tuner attached already; call its detach() first")
-    selection, state = method.select({}, model, 0, probe, exclude or Selection())
+    selection, state = method.choose({}, model, 0, probe, exclude or Selection())
     if not selection:
         raise ValueError(f"{method}: selects nothing in this model")
     return Tuner(model, method, selection, state, base=base, partial=partial)

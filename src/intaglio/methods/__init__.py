@@ -48,6 +48,8 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's type: plain types, unions of them, and tuples of one."""
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, typing.get_args(hint)[0]) for item in value)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
     if isinstance(value, bool):
         return hint is bool or bool in typing.get_args(hint)
     return isinstance(value, hint)
@@ -55,6 +57,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _wanted(field: str, cls: type[Method]) -> str:
     hint = _hint(field, cls)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
     return "a list of names" if typing.get_origin(hint) is tuple else getattr(hint, "__name__", str(hint)).replace("|", "or")
 
 

@@ -7,7 +7,8 @@ from typing import final
 
 from torch import nn
 
-from ..method import Method, Probe, State, matching
+from ..method import Method, State, matching
+from ..probe import Probe
 from ..selection import Selection, Whole
 
 __all__ = ["Full"]
@@ -41,7 +42,7 @@ class Full(Method):
     def candidates(self, model: nn.Module) -> set[str]:
         return set(matching(model, self.include))
 
-    def select(
+    def choose(
         self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
     ) -> tuple[Selection, State]:
         whole = Selection({name: Whole(tuple(p.shape)) for name, p in matching(model, self.include).items()})

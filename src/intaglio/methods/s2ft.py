@@ -4,142 +4,195 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+import typing
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from .. import calibration
 from ..budget import resolve_budget
-from ..method import Method, Probe, State, refuse
+from ..calibration import STRUCTURES
+from ..families import ROLES
+from ..method import Method, State, refuse
+from ..probe import Probe
 from ..scores import stable_seed
 from ..selection import Entries, Selection, Slices
-from ..structure import ROLES, Layer, describe
+from ..structure import Layer, describe
 
 __all__ = ["S2FT"]
 
-# Units are shared by the roles of a structure: one set of channels per FFN, of query heads and of key-value heads.
-_STRUCTURE = {
-    "q": "heads",
-    "o": "heads",
-    "k": "kv_heads",
-    "v": "kv_heads",
-    "up": "channels",
-    "gate": "channels",
-    "down": "channels",
-}
+Strategy = Literal["random", "weight", "activation", "product", "gradient"]
+Share = int | float | None
+_UNITS = {"channels": "FFN channels", "heads": "query heads", "kv_heads": "key-value heads"}
+_ON_DATA = ("activation", "product", "gradient")
 
 
 @final
 @dataclass(frozen=True)
 class S2FT(Method):
-    """Train randomly chosen FFN channels and attention heads, the same number in every layer.
+    """Train whole FFN channels and attention heads, the same number in every layer.
 
     In each layer the columns of `down` that read the chosen channels, and the columns of `o` that read the chosen
     heads, are trained; everything else is frozen. A projection y = x Wᵀ then keeps only x[..., idx] for backward:
 
         ∂L/∂W[:, idx] = (∂L/∂y)ᵀ x[..., idx]
 
+    Each projection has its own share: of a layer's units, an int for units in all layers together, None for frozen.
+
     Args:
-        channels: share of the FFN channels (float in (0, 1]) or channels in all (int); None for no FFN; default 0.02.
-        heads: share of the attention heads or heads in all, likewise; None for no attention; default 0.05.
-        targets: the projections trained, of "q", "k", "v", "o", "up", "gate", "down"; default ("o", "down").
+        q: share of the query heads whose rows of the query projection are trained; default None.
+        k: share of the key-value heads, rows of the key projection; default None.
+        v: share of the key-value heads, rows of the value projection; default None.
+        o: share of the query heads, columns of the output projection; default 0.05.
+        up: share of the FFN channels, rows of the up projection; default None.
+        gate: share of the FFN channels, rows of the gate projection; default None.
+        down: share of the FFN channels, columns of the down projection; default 0.02.
+        select: what the units of a layer are ranked by; default "random". "weight": L2 norm of the columns of o or down
+            that read the unit; "activation": L2 norm of the inputs of o or down over a calibration set; "product": one
+            times the other; "gradient": root of the squared gradients of those columns, summed over examples. The last
+            three need a `probe`.
+        largest: take the units of largest instead of smallest norm; default False. The paper's best is the smallest
+            activation.
         seed: the same seed gives the same units on every machine, rank and call order; default 0.
 
-    The total is spread over the layers by largest remainder, so that two layers never differ by more than one unit;
-    which layers get the odd unit is drawn from `seed`.
+    The total of a projection is spread over the layers by largest remainder, so that two layers never differ by more
+    than one unit; which layers get the odd unit is drawn from `seed`. Projections of one structure (up, gate and down;
+    q and o; k and v) take their units from one ranking, so that the smaller set lies inside the larger.
 
     Raises:
-        ValueError: for a share outside (0, 1] or one that rounds to nothing, an unknown target, a target without its
-            share; at attach, where the model has no such projection.
+        ValueError: for a share outside (0, 1], an unknown strategy, no projection at all; at attach, where the model has
+            no such projection, a share rounds to nothing, or data is needed and there is none.
 
     Example:
-        >>> S2FT(channels=0.03, heads=None, targets=("down",)).to_dict()["targets"]
-        ['down']
+        >>> S2FT(o=None, down=0.03, select="activation").needs_probe
+        True
 
-    Paper: arXiv 2412.06289, sections 3.2 and 3.3 (S2FT-R). Defaults follow its LLaMA-7B allocation.
+    Paper: arXiv 2412.06289, sections 3.2, 3.3 and 5.4. Defaults follow its LLaMA-7B allocation.
 
-    Differences: index form, without permuting the base (same function and gradients, and grouped-query attention
-    needs no special case); the quota is equal per layer, where the authors draw once over all layers; the columns of
-    o and down are trained, where their efficiency code trains rows.
+    Differences: index form unless `attach(permute=True)` (same function and gradients, and grouped-query attention needs
+    no special case); the quota is equal per layer, where the authors draw once over all layers; the columns of o and
+    down are trained, where their efficiency code trains rows; the strategies, for which they released no code.
     """
 
     name = "s2ft"
     summary = "attention heads and FFN channels, dense inside each layer"
 
-    channels: int | float | None = 0.02
-    heads: int | float | None = 0.05
-    targets: tuple[str, ...] = ("o", "down")
+    q: int | float | None = None
+    k: int | float | None = None
+    v: int | float | None = None
+    o: int | float | None = 0.05
+    up: int | float | None = None
+    gate: int | float | None = None
+    down: int | float | None = 0.02
+    select: Strategy = "random"
+    largest: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [f"targets: unknown {t!r}; known are {', '.join(ROLES)}" for t in self.targets if t not in ROLES]
-        if len(set(self.targets)) < len(self.targets) or not self.targets:
-            problems.append(f"targets={self.targets!r}: give at least one projection, each once")
-        problems += self._share_problems("channels", self.channels, {"up", "gate", "down"})
-        problems += self._share_problems("heads", self.heads, {"q", "k", "v", "o"})
+        problems = [p for role in ROLES for p in _share_problems(role, getattr(self, role))]
+        if not self._roles:
+            problems.append(f"no projection is trained; give a share to at least one of {', '.join(ROLES)}")
+        if self.select not in typing.get_args(Strategy):
+            problems.append(f"select={self.select!r}: known are {', '.join(typing.get_args(Strategy))}")
+        if self.largest and self.select == "random":
+            problems.append("largest=True has no effect with select='random'; name what to rank by")
         refuse("S2FT", problems)
 
-    def candidates(self, model: nn.Module) -> set[str]:
-        return {layer.projections[t].parameter for layer in describe(model) for t in self._targets(layer)}
+    @property
+    def needs_probe(self) -> bool:
+        return self.select in _ON_DATA
 
-    def select(
+    def candidates(self, model: nn.Module) -> set[str]:
+        return {layer.projections[role].parameter for layer in describe(model) for role in self._roles_in(layer)}
+
+    def choose(
         self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
     ) -> tuple[Selection, State]:
         layers = describe(model)
-        chosen: dict[str, Entries] = {}
-        for structure, budget in (("channels", self.channels), ("heads", self.heads), ("kv_heads", self.heads)):
-            roles = [t for t in self.targets if _STRUCTURE[t] == structure]
-            free = [self._free_units(layer, roles, exclude) for layer in layers] if roles else []
-            for layer, units in zip(layers, self._draw(layers, free, budget, structure), strict=False):
-                _add(chosen, layer, roles, units)
+        free = {
+            (layer.name, structure): self._free_units(layer, structure, exclude)
+            for layer in layers
+            for structure in self._structures
+        }
+        quotas = {role: self._quotas(role, layers, free) for role in self._roles}
+        ranks = self._rank(model, layers, free, probe)
+        chosen = Selection()
+        for role in self._roles:
+            for layer, quota in zip(layers, quotas[role], strict=True):
+                chosen = chosen.union(_slices(layer, role, ranks[layer.name, _structure(role)][:quota]))
         return Selection({name: chosen[name] for name, _ in model.named_parameters() if name in chosen}), state
 
-    def _share_problems(self, field: str, share: int | float | None, roles: set[str]) -> list[str]:
-        wanted = roles & set(self.targets)
-        if share is None:
-            return [f"{field}=None but targets name {', '.join(sorted(wanted))}"] if wanted else []
-        if isinstance(share, bool) or not isinstance(share, (int, float)):
-            return [f"{field}={share!r}: give a share in (0, 1], a whole number, or None"]
-        if share <= 0 or (isinstance(share, float) and not share <= 1):
-            return [f"{field}={share}: a share must be above 0 and at most 1.0 (None for none)"]
-        if not wanted and share != type(self).__dataclass_fields__[field].default:
-            return [f"{field}={share} has no effect: no target among {', '.join(sorted(roles))}"]
-        return []
+    @property
+    def _roles(self) -> list[str]:
+        return [role for role in ROLES if getattr(self, role) is not None]
 
-    def _targets(self, layer: Layer) -> tuple[str, ...]:
-        missing = [t for t in self.targets if t not in layer.projections]
+    @property
+    def _structures(self) -> list[str]:
+        return [name for name, (_, roles) in STRUCTURES.items() if set(roles) & set(self._roles)]
+
+    def _roles_in(self, layer: Layer) -> list[str]:
+        missing = [role for role in self._roles if role not in layer.projections]
         if missing:
-            raise ValueError(
-                f"targets: {layer.name} has no {', '.join(missing)} projection; it has {', '.join(layer.projections)}"
-            )
-        return self.targets
+            raise ValueError(f"S2FT: {layer.name} has no {', '.join(missing)} projection; it has {', '.join(layer.projections)}")
+        return self._roles
 
-    def _free_units(self, layer: Layer, roles: list[str], exclude: Selection) -> list[int]:
-        """Units of a layer of which no target position is excluded."""
-        self._targets(layer)
+    def _free_units(self, layer: Layer, structure: str, exclude: Selection) -> list[int]:
+        """Units of a layer of which no trained position is excluded."""
+        projections = [layer.projections[role] for role in self._roles_in(layer) if _structure(role) == structure]
         taken: set[int] = set()
-        for projection in (layer.projections[role] for role in roles):
+        for projection in projections:
             if projection.parameter in exclude:
                 taken |= set(projection.owners(_positions(exclude[projection.parameter], projection.dim)).tolist())
-        return [unit for unit in range(layer.projections[roles[0]].units) if unit not in taken]
+        return [unit for unit in range(projections[0].units) if unit not in taken]
 
-    def _draw(self, layers: list[Layer], free: list[list[int]], budget: int | float | None, structure: str) -> list[Tensor]:
-        if not free:
-            return []
-        assert budget is not None  # __post_init__ refuses a target without its share
-        field = "channels" if structure == "channels" else "heads"
-        total = resolve_budget(budget, sum(map(len, free)), name=f"S2FT.{field}")
-        quotas = _quotas([len(units) for units in free], total, random.Random(stable_seed(self.seed, structure)))
-        draws = []
-        for layer, units, quota in zip(layers, free, quotas, strict=True):
-            generator = random.Random(stable_seed(self.seed, f"{structure}/{layer.name}"))
-            draws.append(torch.tensor(sorted(generator.sample(units, quota)), dtype=torch.int64))
-        return draws
+    def _quotas(self, role: str, layers: list[Layer], free: dict[tuple[str, str], list[int]]) -> list[int]:
+        """Units of a projection in each layer."""
+        structure = _structure(role)
+        capacity = [len(free[layer.name, structure]) for layer in layers]
+        total = resolve_budget(getattr(self, role), sum(capacity), name=f"S2FT.{role}", unit=_UNITS[structure])
+        return _spread(total, capacity, random.Random(stable_seed(self.seed, structure)))
+
+    def _rank(
+        self, model: nn.Module, layers: list[Layer], free: dict[tuple[str, str], list[int]], probe: Probe | None
+    ) -> dict[tuple[str, str], list[int]]:
+        """The free units of each layer and structure, best first."""
+        if self.select == "random":
+            return {key: _shuffled(units, stable_seed(self.seed, f"{key[1]}/{key[0]}")) for key, units in free.items()}
+        norms = self._norms(model, layers, probe)
+        sign = -1 if self.largest else 1
+        return {key: sorted(units, key=lambda u: (sign * float(norms[key][u]), u)) for key, units in free.items()}
+
+    def _norms(self, model: nn.Module, layers: list[Layer], probe: Probe | None) -> calibration.Norms:
+        if self.select == "weight":
+            return calibration.weight_norms(model, layers)
+        if probe is None:
+            raise ValueError(f"S2FT(select={self.select!r}) looks at data: give attach a probe, e.g. probe=Batches([batch, ...])")
+        if self.select == "gradient":
+            return calibration.gradient_norms(model, layers, probe)
+        norms = calibration.activation_norms(model, layers, probe)
+        if self.select == "product":
+            weights = calibration.weight_norms(model, layers)
+            return {key: norm * weights[key].cpu() for key, norm in norms.items()}
+        return norms
 
 
-def _quotas(capacity: list[int], total: int, generator: random.Random) -> list[int]:
+def _share_problems(role: str, share: Share) -> list[str]:
+    if share is None:
+        return []
+    if isinstance(share, bool) or not isinstance(share, (int, float)):
+        return [f"{role}={share!r}: give a share in (0, 1], a whole number of units, or None for frozen"]
+    if share <= 0 or (isinstance(share, float) and not share <= 1):
+        return [f"{role}={share}: a share must be above 0 and at most 1.0 (None for frozen)"]
+    return []
+
+
+def _structure(role: str) -> str:
+    return next(name for name, (_, roles) in STRUCTURES.items() if role in roles)
+
+
+def _spread(total: int, capacity: list[int], generator: random.Random) -> list[int]:
     """Split `total` in proportion to `capacity` by largest remainder; equal remainders are drawn."""
     shares = [total * c / sum(capacity) for c in capacity]
     quotas = [math.floor(share) for share in shares]
@@ -149,6 +202,10 @@ def _quotas(capacity: list[int], total: int, generator: random.Random) -> list[i
     return quotas
 
 
+def _shuffled(units: list[int], seed: int) -> list[int]:
+    return random.Random(seed).sample(units, len(units))
+
+
 def _positions(entries: Entries, dim: int) -> Tensor:
     """Positions along `dim` that hold any of `entries`."""
     if isinstance(entries, Slices) and entries.dim == dim:
@@ -156,12 +213,8 @@ def _positions(entries: Entries, dim: int) -> Tensor:
     return torch.unravel_index(entries.flat(), entries.shape)[dim].unique()
 
 
-def _add(chosen: dict[str, Entries], layer: Layer, roles: list[str], units: Tensor) -> None:
-    """Add the slices of `units` for each role; roles of one fused weight are joined."""
-    if units.numel() == 0:
-        return
-    fresh: Mapping[str, Entries]
-    for projection in (layer.projections[role] for role in roles):
-        fresh = {projection.parameter: Slices(projection.shape, projection.dim, projection.index(units))}
-        merged = Selection({k: v for k, v in chosen.items() if k in fresh}).union(fresh)
-        chosen.update(merged)
+def _slices(layer: Layer, role: str, units: list[int]) -> dict[str, Entries]:
+    """The slices of some units of a layer, none for none."""
+    projection = layer.projections[role]
+    index = projection.index(torch.tensor(units, dtype=torch.int64))
+    return {projection.parameter: Slices(projection.shape, projection.dim, index)} if units else {}
