@@ -15,7 +15,7 @@ from .selection import Entries, Selection, Slices
 
 __all__ = ["grid", "inspect"]
 
-_LAYERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<path>.+)\.weight")
+_LAYERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<path>.+?)(?:\.weight)?")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ def _counts(layers: Mapping[int, list[Entries]]) -> dict[str, Any]:
     chosen = {layer: sum(_size(entries, by_slice) for entries in cell) for layer, cell in sorted(layers.items())}
     figures: dict[str, Any] = {"kind": every[0].kind if len({e.kind for e in every}) == 1 else "mixed"}
     if by_slice and len({(entries.dim, entries.shape) for entries in sliced}) == 1:
-        figures |= {"dim": sliced[0].dim, "width": sliced[0].shape[sliced[0].dim], "block": _block_width(sliced)}
+        dim, shape = sliced[0].dim, sliced[0].shape
+        along = "columns" if dim == len(shape) - 1 else "rows"
+        figures |= {"along": along, "width": shape[dim], "block": _block_width(sliced)}
     figures |= {"entries": sum(e.count for e in every), "share": sum(e.count for e in every) / sum(e.numel for e in every)}
     return figures | {"least": min(chosen.values()), "most": max(chosen.values()), "chosen": chosen}
 

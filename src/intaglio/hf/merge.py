@@ -72,8 +72,10 @@ def to_merged(
 
 def _reload(model: Any, folder: Path) -> Any:
     """The folder's model, with the same keys as the base."""
-    attention = getattr(model.config, "_attn_implementation", None)
-    reloaded, info = type(model).from_pretrained(str(folder), attn_implementation=attention, output_loading_info=True)
+    # What computes attention and experts is not in the folder, and decides the last bits.
+    computed_by = {f"{part}_implementation": getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")}
+    known = {key: value for key, value in computed_by.items() if value is not None}
+    reloaded, info = type(model).from_pretrained(str(folder), output_loading_info=True, **known)
     extra = sorted({*info["missing_keys"], *info["unexpected_keys"]} | (reloaded.state_dict().keys() ^ model.state_dict().keys()))
     if extra:
         raise InexactExport(f"the reloaded model has other keys than the base: {', '.join(extra[:3])}")

@@ -134,9 +134,9 @@ def _layers(projections: dict[str, Any]) -> Table:
 
 
 def _unit(record: dict[str, Any]) -> str:
-    if "dim" not in record:
+    if "along" not in record:
         return "entries" if record["kind"] != "slices" else "slices"
-    what = "columns" if record["dim"] == 1 else "rows"
+    what = record["along"]
     if record["block"] > 1:
         return f"blocks of {record['block']} {what}, of {record['width'] // record['block']}"
     return f"{what} of {record['width']}"
