@@ -23,8 +23,6 @@ from intaglio.hf.supertuning import to_supertuning
 from intaglio.selection import Elements, Selection, Slices
 from intaglio.slots import fingerprint
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks by the old name
-
 COLUMNS = S2FT(o=0.5, down=0.25)
 ROWS = S2FT(v=0.5, o=None, up=0.25, down=None)
 BOTH = S2FT(v=0.5, o=0.5, up=0.25, down=0.25)
@@ -430,6 +428,7 @@ def test_export_command(place, tmp_path, to):
     assert result["path"] == str(tmp_path / "out")
     assert result["bytes"] > result["compact_bytes"] > 0
     assert result["tokens"] > 90  # 7 prompts: 3 of text through the tokenizer
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # all as readable as the card
     for file in (tmp_path / "out").iterdir():  # no machine paths
         assert str(place).encode() not in file.read_bytes()
     tuned = AutoModelForCausalLM.from_pretrained(place / "tuned")

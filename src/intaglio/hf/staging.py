@@ -57,7 +57,9 @@ def staged(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 
 
 def _sync(folder: Path) -> None:
+    mode = folder.stat().st_mode & 0o666  # safetensors writes files that only their owner can read; servers have users of their own
     for path in (p for p in folder.rglob("*") if p.is_file()):
+        path.chmod(mode)
         descriptor = os.open(path, os.O_RDWR)
         try:
             os.fsync(descriptor)

@@ -81,7 +81,7 @@ def _methods(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "base", result["base"]
     if "rank" in result:
-        yield "LoRA", f"rank {result['rank']} in {result['modules']} modules: {', '.join(result['targets'])}"
+        yield "LoRA", f"rank {result['rank']} in {result['modules']} modules"
     if "sparsity" in result:
         padding = f"{result['padded'] - result['entries']:,} places of padding"
         yield "SUPERTUNING", f"sparsity {result['sparsity']:.4g}, {result['entries']:,} values and {padding}"
@@ -89,6 +89,10 @@ def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     tokens = f"{result['tokens']} greedy tokens the same" if result["tokens"] else "no tokens generated"
     yield "checked", f"greatest difference of a logit {result['max_difference']:.1e}, {tokens}"
     yield "written", result["path"]
+    if "rank" in result:
+        names = " ".join(sorted({target.rpartition(".")[2] for target in result["targets"]}))
+        flags = f"--enable-lora --max-lora-rank {result['rank']} --lora-target-modules {names}"
+        yield "vLLM", f"vllm serve {result['base']} {flags} --lora-modules NAME={result['path']}"
 
 
 def _inspect(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
