@@ -136,6 +136,28 @@ def test_resume_in_a_new_process_is_bit_exact(place, method):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_calibrated_permuted_and_disjoint(place):
+    """Chosen by smallest activation on training rows, permuted while it trains; a second adapter leaves the first's alone."""
+    settings = ["method.select=activation", "data.calibration=0.2", "evaluate.limit=1", "evaluate.before=false"]
+    for name, extra in (
+        ("index", []),
+        ("permuted", ["attach.permute=true"]),
+        ("second", ["attach.exclude=[runs/index/adapter]"]),
+    ):
+        intaglio("train", "run.yaml", *settings, f"train.output_dir=runs/{name}", *extra, cwd=place)
+    index, permuted, second = (Delta.load(place / f"runs/{name}/adapter") for name in ("index", "permuted", "second"))
+    assert index.selection == permuted.selection
+    assert all(torch.allclose(value, permuted.values[key], atol=1e-4) for key, value in index.values.items())
+    assert second.selection.overlap(index.selection) == 0
+    assert index.selection != Delta.load(place / "runs/run/adapter").selection
+    assert json.loads(intaglio("verify", "runs/permuted", "--json", cwd=place).stdout)["equal"]
+    for mistake in (["data.calibration=61"], ["data.calibration=0"], ["method={name: lora}", "attach.permute=true"]):
+        done = intaglio("train", "run.yaml", *settings, "train.output_dir=runs/never", *mistake, cwd=place, check=False)
+        assert done.returncode == 2
+        assert "calibration" in done.stderr or "attach: has no effect" in done.stderr
+        assert not (place / "runs/never").exists()
+
+
 def test_a_run_killed_at_any_moment_resumes(place):
     """SIGKILL during training; --resume finishes, from a complete checkpoint or from the start."""
     settings = ["train.output_dir=runs/killed", "train.save_steps=1", "train.max_steps=40", "evaluate.before=false"]

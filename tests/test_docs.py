@@ -92,7 +92,7 @@ def test_methods_table_is_the_registry():
     assert section(ROOT / "README.md", "methods").splitlines() == rows
 
 
-@pytest.mark.parametrize("block", ["DataBlock", "EvaluateBlock"])
+@pytest.mark.parametrize("block", ["DataBlock", "AttachBlock", "EvaluateBlock"])
 def test_key_tables_are_the_models(block):
     model: type[BaseModel] = getattr(run_config, block)
     rows = ["| key | default | meaning |", "|---|---|---|"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .probe import Probe
 from .structure import Layer, Projection
 
-__all__ = ["STRUCTURES", "activation_norms", "gradient_norms", "units_of", "weight_norms"]
+__all__ = ["STRUCTURES", "activation_norms", "gradient_norms", "quiet", "units_of", "weight_norms"]
 
 # structure → (role that reads it, roles that share its units)
 STRUCTURES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -62,7 +62,7 @@ def activation_norms(model: nn.Module, layers: list[Layer], probe: Probe) -> Nor
             )
         handles.append(modules[name].register_forward_pre_hook(_observe(squares, projection.parameter, mask)))
     try:
-        with _quiet(model):
+        with quiet(model):
             for batch in _on_device(model, probe):
                 mask.tokens = batch.get("attention_mask")
                 model(**{key: value for key, value in batch.items() if key != "labels"})
@@ -86,7 +86,7 @@ def gradient_norms(model: nn.Module, layers: list[Layer], probe: Probe) -> Norms
     chosen = {p.parameter: p.dim for p in _readers(layers)}
     handles, kept = [], {name: parameters[name].grad for name in chosen}
     try:
-        with _quiet(model):
+        with quiet(model):
             model.requires_grad_(False)
             for name, dim in chosen.items():
                 parameters[name].grad = None
@@ -169,7 +169,7 @@ def _norms(layers: list[Layer], squares: Mapping[str, Tensor]) -> Norms:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with every flag and the random state put back afterwards."""
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -1,8 +1,9 @@
-"""The run file: five blocks, strict keys, every problem reported at once and before anything is loaded.
+"""The run file: six blocks, strict keys, every problem reported at once and before anything is loaded.
 
 model:     name, and arguments of `from_pretrained`
 method:    name, and the method's fields (or LoraConfig's for `lora`)
 data:      where examples come from
+attach:    how the method is put on the model
 train:     SFTConfig keys, verbatim
 evaluate:  how answers are generated and scored
 """
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .methods import METHODS, build, nearest
 
-__all__ = ["Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config", "sft_config"]
+__all__ = ["AttachBlock", "Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config", "sft_config"]
 
 PEFT_METHODS = ("lora",)  # run by PEFT itself, so that a comparison needs one tool
 
@@ -56,6 +57,9 @@ class DataBlock(_Block):
     columns: dict[str, str] = Field({}, description="our name → your column, e.g. {prompt: question, completion: answer}")
     chat: bool = Field(False, description="wrap prompt and completion strings in the model's chat template")
     seed: int = Field(0, description="of generation and of the held-out draw")
+    calibration: int | float = Field(
+        0.01, gt=0, description="training examples a method may look at before training: a count, or a share (8 to 256 examples)"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> DataBlock:
@@ -64,6 +68,13 @@ class DataBlock(_Block):
         if self.task is not None and self.test is not None:
             raise ValueError("`test` has no effect with `task`; set test_size")
         return self
+
+
+class AttachBlock(_Block):
+    """How the method is put on the model."""
+
+    permute: bool = Field(False, description="reorder chosen heads and channels so that their slices are dense; same result")
+    exclude: list[str] = Field([], description="adapter folders whose entries stay frozen, so that the results can be fused")
 
 
 class EvaluateBlock(_Block):
@@ -92,6 +103,7 @@ class Config(_Block):
     model: ModelBlock = Field(default_factory=lambda: ModelBlock.model_validate({}))
     method: dict[str, Any]
     data: DataBlock
+    attach: AttachBlock = Field(default_factory=lambda: AttachBlock.model_validate({}))
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: EvaluateBlock | None = None
 
@@ -219,7 +231,12 @@ def _explain(error: Any) -> str:
 
 
 def _fields_of(block: str) -> list[str]:
-    blocks: dict[str, type[BaseModel]] = {"model": ModelBlock, "data": DataBlock, "evaluate": EvaluateBlock}
+    blocks: dict[str, type[BaseModel]] = {
+        "model": ModelBlock,
+        "data": DataBlock,
+        "attach": AttachBlock,
+        "evaluate": EvaluateBlock,
+    }
     return list(blocks[block].model_fields)
 
 

@@ -9,6 +9,7 @@ A row may carry `answer`, the string that a generated answer must equal; default
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,20 @@ class Examples:
 
         held_out = Dataset.from_list(self.held_out) if self.held_out else None
         return {"train_dataset": Dataset.from_list(self.train), "eval_dataset": held_out}
+
+    def sample(self, size: int | float) -> list[Row]:
+        """Training rows for calibration, the same ones for the same data.
+
+        Args:
+            size: a count, or a share in (0, 1], of which at least 8 and at most 256 rows are taken.
+
+        Raises:
+            ValueError: for more rows than there are.
+        """
+        wanted = size if isinstance(size, int) else min(max(round(size * len(self.train)), 8), 256, len(self.train))
+        if wanted > len(self.train):
+            raise ValueError(f"data.calibration={size}: there are only {len(self.train)} training rows")
+        return random.Random(0).sample(self.train, wanted)
 
 
 def load_examples(block: DataBlock, *, hold_out: bool = True) -> Examples:

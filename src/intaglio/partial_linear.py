@@ -28,14 +28,22 @@ class _PartialLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, dim: int, transposed: bool
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        run: tuple[int, int] | None,
+        dim: int,
+        transposed: bool,
     ) -> Tensor:
         # The live weight is saved and cast again in backward: under autocast a saved copy would outweigh all that is kept.
         ctx.reads_inputs = bool(dim) != transposed
-        ctx.transposed, ctx.values_dtype = transposed, values.dtype
+        ctx.transposed, ctx.values_dtype, ctx.run = transposed, values.dtype, run
         kept = None
         if ctx.needs_input_grad[1]:
-            kept = x.index_select(-1, index) if ctx.reads_inputs else x
+            kept = _copy(x, index, run) if ctx.reads_inputs else x
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, index)
         return F.linear(x, weight.t() if transposed else weight, bias)
 
@@ -47,12 +55,17 @@ class _PartialLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ (weight.t() if ctx.transposed else weight).to(grad_y.dtype)
         if ctx.needs_input_grad[1]:
-            chosen = grad_y if ctx.reads_inputs else grad_y.index_select(-1, index)
+            chosen = grad_y if ctx.reads_inputs else _copy(grad_y, index, ctx.run)
             rows, columns = chosen.flatten(0, -2), kept.flatten(0, -2)
             grad_values = (columns.t() @ rows if ctx.transposed else rows.t() @ columns).to(ctx.values_dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = grad_y.flatten(0, -2).sum(0)
-        return grad_x, grad_values, None, grad_bias, None, None, None
+        return grad_x, grad_values, None, grad_bias, None, None, None, None
+
+
+def _copy(x: Tensor, index: Tensor, run: tuple[int, int] | None) -> Tensor:
+    """x[..., index] as a tensor of its own; a run of neighbours (start, length) is copied without a gather."""
+    return x.index_select(-1, index) if run is None else x.narrow(-1, *run).clone(memory_format=torch.contiguous_format)
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
@@ -66,7 +79,8 @@ def _forward(self: Any, x: Tensor) -> Tensor:
         return F.linear(x, weight.t() if self.partial.transposed else weight, bias)
     if x.dim() == 1:  # nn.Linear takes a bare feature vector too
         return _forward(self, x[None])[0]
-    return _PartialLinear.apply(x, slot.values, weight, bias, slot.entries.index, slot.entries.dim, self.partial.transposed)
+    entries, partial = slot.entries, self.partial
+    return _PartialLinear.apply(x, slot.values, weight, bias, entries.index, partial.run, entries.dim, partial.transposed)
 
 
 class _Partial:
@@ -74,6 +88,8 @@ class _Partial:
 
     def __init__(self, slot: Any, transposed: bool) -> None:
         self.slot, self.transposed = slot, transposed
+        first, length = int(slot.entries.index[0]), slot.entries.index.numel()
+        self.run = (first, length) if int(slot.entries.index[-1]) - first + 1 == length else None
 
 
 def install(module: nn.Module, slot: Any, *, transposed: bool) -> None:

@@ -40,8 +40,11 @@ class Projection:
 
     def index(self, units: Tensor) -> Tensor:
         """Positions along `dim` of the given units, int64 `[len(units)·width]`, sorted."""
-        starts = self.offset + units.sort().values * self.stride
-        return (starts[:, None] + torch.arange(self.width)).flatten()
+        return self.places(units.sort().values).flatten()
+
+    def places(self, units: Tensor) -> Tensor:
+        """Positions along `dim` of the given units in their order, int64 `[len(units), width]`."""
+        return (self.offset + units * self.stride)[:, None] + torch.arange(self.width)
 
     def per_unit(self, values: Tensor) -> Tensor:
         """Sum of one value per position along `dim` over each unit: `[shape[dim]]` → `[units]`."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .data import Examples
+    from .selection import Selection
 
 __all__ = ["Run", "train"]
 
@@ -85,6 +86,7 @@ class Run:
     examples: Examples
     tokenizer: PreTrainedTokenizerBase
     model: Any  # PreTrainedModel, or a PeftModel
+    exclude: Selection
     tuner: Any = None  # Tuner, where the method is ours
     answers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -96,6 +98,7 @@ def _setup(config: Config, output: Path) -> Run:
 
     arguments = sft_config(config.train, str(output))
     check_available(config.model.name, **config.model.kwargs())
+    exclude = _excluded(config)
     wants_held_out = config.evaluate is not None or str(arguments.eval_strategy.value) != "no"
     examples = load_examples(config.data, hold_out=wants_held_out)
     if config.evaluate is not None and not examples.test:
@@ -106,13 +109,30 @@ def _setup(config: Config, output: Path) -> Run:
     arguments.chat_template_path = None  # it is in the tokenizer now
     check_tokenizer(tokenizer, examples)
     model = load_model(config.model.name, device=arguments.device, **config.model.kwargs())
-    return Run(config, output, arguments, examples, tokenizer, model)
+    return Run(config, output, arguments, examples, tokenizer, model, exclude)
+
+
+def _excluded(config: Config) -> Selection:
+    """What other adapters train, which this run must leave alone."""
+    from .delta import Delta
+    from .selection import Selection
+
+    block = config.attach
+    if config.method["name"] in PEFT_METHODS and (block.exclude or block.permute):
+        raise ValueError(f"attach: has no effect with method.name={config.method['name']!r}; drop the block")
+    excluded = Selection()
+    for folder in block.exclude:
+        excluded = excluded.union(Delta.load(folder).selection)
+    return excluded
 
 
 def _make_trainer(run: Run) -> Any:
     """The trainer of a tuner, or of PEFT for its own methods."""
-    from .hf.trainer import CheckpointedSFTTrainer, SparseTrainer
+    from tqdm.auto import tqdm
+
+    from .hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches
     from .methods import build
+    from .probe import Batches
     from .tuner import attach
 
     common: dict[str, Any] = {"args": run.arguments, "processing_class": run.tokenizer, **run.examples.datasets()}
@@ -121,7 +141,12 @@ def _make_trainer(run: Run) -> Any:
         trainer = CheckpointedSFTTrainer(run.model, peft_config=_lora(method), **common)
         run.model = trainer.model
         return trainer
-    run.tuner = attach(run.model, build(method))
+    chosen = build(method)
+    probe = None
+    if chosen.needs_probe:
+        batches = calibration_batches(run.model, run.examples.sample(run.config.data.calibration), **common)
+        probe = Batches(tqdm(batches, desc="calibrate", leave=False))
+    run.tuner = attach(run.model, chosen, probe=probe, exclude=run.exclude, permute=run.config.attach.permute)
     return SparseTrainer(run.tuner, **common)
 
 

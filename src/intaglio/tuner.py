@@ -11,6 +11,7 @@ from torch import nn
 
 from .delta import Delta
 from .method import Method, State
+from .permute import Layout, co_permute
 from .probe import Probe
 from .selection import Selection
 from .slots import Slots
@@ -26,6 +27,7 @@ def attach(
     exclude: Selection | None = None,
     base: str | None = None,
     partial: bool = True,
+    permute: bool = False,
 ) -> Tuner:
     """Freeze `model`, let `method` choose what may change, and make just that trainable, in place.
 
@@ -39,6 +41,8 @@ def attach(
         base: name of the base model for the adapter; default `model.config._name_or_path`, without local paths.
         partial: use the partial product where it is exact; False takes the dense gradient everywhere (the reference
             twin: same result, more memory).
+        permute: reorder the chosen heads and channels to the front while attached, so that their slices are dense
+            (co-permutation). Same result; outputs are checked; undone by `detach` and never visible in a Delta.
 
     Returns:
         The tuner that owns the training state.
@@ -57,7 +61,8 @@ def attach(
     selection, state = method.choose({}, model, 0, probe, exclude or Selection())
     if not selection:
         raise ValueError(f"{method}: selects nothing in this model")
-    return Tuner(model, method, selection, state, base=base, partial=partial)
+    layout = co_permute(model, selection, probe) if permute else Layout()
+    return Tuner(model, method, selection, state, layout, base=base, partial=partial)
 
 
 @final
@@ -67,21 +72,31 @@ class Tuner:
     Attributes:
         model: the model, with the slots registered on it.
         method: the method that chose.
-        selection: what may change.
+        selection: what may change, in the base's coordinates.
+        layout: where those lie now, if the model was permuted.
         slots: the compact trainable values.
         step: optimizer updates made so far.
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, selection: Selection, state: State, *, base: str | None, partial: bool
+        self,
+        model: nn.Module,
+        method: Method,
+        selection: Selection,
+        state: State,
+        layout: Layout,
+        *,
+        base: str | None,
+        partial: bool,
     ) -> None:
-        self.model, self.method, self.selection, self.step = model, method, selection, 0
+        self.model, self.method, self.selection, self.layout, self.step = model, method, selection, layout, 0
         self._state, self._base = state, base if base is not None else _base_name(model)
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         try:
-            self.slots = Slots(model, selection, partial=partial)
+            self.slots = Slots(model, layout.entries(selection), partial=partial)
         except BaseException:
+            layout.revert_(model)
             self._restore_requires_grad()
             raise
         model.add_module(Slots.REGISTERED_AS, self.slots)
@@ -114,8 +129,9 @@ class Tuner:
             ValueError: where the model was cast to another type since `attach`.
         """
         self.slots.settle()
-        values = {slot.name: slot.entries.gather(slot.target) for slot in self.slots}
-        return Delta(self.selection, values, self.slots.fingerprints(), self.method.to_dict(), self._base)
+        values = {name: self.layout.gather(name, e, self.slots[name].target) for name, e in self.selection.items()}
+        fingerprints = self.slots.fingerprints() | self.layout.fingerprints
+        return Delta(self.selection, values, fingerprints, self.method.to_dict(), self._base)
 
     def save(self, directory: str | Path) -> Path:
         """Save the adapter folder: `delta().save(directory)`."""
@@ -138,8 +154,15 @@ class Tuner:
         self.step, self._state = int(state["step"]), dict(state["state"])
 
     def detach(self) -> nn.Module:
-        """Take everything of ours off the model and return it, an ordinary model with the tuned weights."""
+        """Take everything of ours off the model and return it, an ordinary model with the tuned weights.
+
+        Raises:
+            ValueError: where it is detached already, or permuted weights were replaced since attach.
+        """
+        if self.model._modules.get(Slots.REGISTERED_AS) is not self.slots:
+            raise ValueError("this tuner is detached already; attach again to go on training")
         self.slots.write()
+        self.layout.revert_(self.model)
         for slot in self.slots:
             slot.disconnect()
         del self.model._modules[Slots.REGISTERED_AS]

@@ -9,6 +9,7 @@ checkpoint-N/
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -17,13 +18,21 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import safetensors.torch
 import torch
+from datasets import Dataset
 from torch import nn
 from trl.trainer.sft_trainer import SFTTrainer
 
 if TYPE_CHECKING:
     from ..tuner import Tuner
 
-__all__ = ["CheckpointedSFTTrainer", "SparseTrainer", "last_checkpoint", "load_tuner_state", "save_tuner_state"]
+__all__ = [
+    "CheckpointedSFTTrainer",
+    "SparseTrainer",
+    "calibration_batches",
+    "last_checkpoint",
+    "load_tuner_state",
+    "save_tuner_state",
+]
 
 STATE, COMPLETE = "tuner_state.safetensors", "complete.json"
 
@@ -91,6 +100,20 @@ class SparseTrainer(CheckpointedSFTTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         load_tuner_state(self.tuner, self.state.best_model_checkpoint)
+
+
+def calibration_batches(model: nn.Module, rows: list[dict[str, Any]], **kwargs: Any) -> list[dict[str, Any]]:
+    """Rows as SFTTrainer would feed them: templated, tokenized, masked and collated.
+
+    Args:
+        model: the model that will train; only its tokenizer-side settings are read.
+        rows: training rows, as `data.Examples` holds them.
+        kwargs: SFTTrainer's arguments; its data sets are replaced by `rows`.
+    """
+    arguments = copy.deepcopy(kwargs["args"])
+    replaced = {"args": arguments, "train_dataset": Dataset.from_list(rows), "eval_dataset": None}
+    trainer = SFTTrainer(model, **(kwargs | replaced))  # type: ignore[arg-type]  # a PreTrainedModel
+    return [dict(batch) for batch in trainer.get_train_dataloader()]
 
 
 def save_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
