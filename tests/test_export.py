@@ -227,6 +227,19 @@ def test_rounded_factors_are_noticed(load, tmp_path):
     assert to_lora(delta, base, tmp_path / "lora")["rank"] == 16
 
 
+def test_half_precision_factors_are_kept_where_they_fit(load, tmp_path):
+    """Tuned values of twice the base's differ from it by a number that bfloat16 holds."""
+    base = load("gqa_llama", torch.bfloat16)
+    name = "model.layers.0.mlp.down_proj.weight"
+    entries = Slices((32, 48), 1, torch.tensor([3, 40]))
+    original = entries.gather(dict(base.named_parameters())[name])
+    delta = Delta(Selection({name: entries}), {name: original * 2}, {name: fingerprint(original)})
+    result = to_lora(delta, base, tmp_path / "lora", dtype=torch.bfloat16)
+    assert result["max_difference"] <= 2e-4
+    tensors = safetensors.torch.load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
 def test_a_foreign_base_is_refused(load, tmp_path):
     delta = tune(load("gqa_llama"), "gqa_llama")
     other = tiny.build("gqa_llama", seed=3)
@@ -417,7 +430,6 @@ def run(place, *arguments):
     return CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
 
 
-@pytest.mark.filterwarnings("default")  # the command's own process would not raise them either
 @pytest.mark.parametrize("to", ["lora", "merged", "supertuning"])
 def test_export_command(place, tmp_path, to):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -457,7 +469,6 @@ MISTAKES = {
 }
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_end_in_one_clear_line(place, monkeypatch, mistake):
     monkeypatch.chdir(place)
@@ -471,7 +482,6 @@ def test_mistakes_end_in_one_clear_line(place, monkeypatch, mistake):
     assert sorted(p.name for p in place.iterdir()) == before
 
 
-@pytest.mark.filterwarnings("default")
 def test_an_earlier_export_needs_overwrite_and_base_can_be_given(place, tmp_path):
     arguments = ["export", place / "adapter", "--to", "lora", "--base", place / "base", "--output", tmp_path / "out"]
     assert run(place, *arguments).exit_code == 0

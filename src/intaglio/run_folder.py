@@ -22,6 +22,8 @@ def read_run(run: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from error
+    if not isinstance(result, dict) or not isinstance(result.get("config"), dict):
+        raise ValueError(f"{path}: damaged, it holds no config")
     return result
 
 

@@ -73,8 +73,8 @@ def to_merged(
 def _reload(model: Any, folder: Path) -> Any:
     """The folder's model, with the same keys as the base."""
     # What computes attention and experts is not in the folder, and decides the last bits.
-    computed_by = {f"{part}_implementation": getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")}
-    known = {key: value for key, value in computed_by.items() if value is not None}
+    parts = {part: getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")}
+    known = {f"{part}_implementation": value for part, value in parts.items() if value is not None}
     reloaded, info = type(model).from_pretrained(str(folder), output_loading_info=True, **known)
     extra = sorted({*info["missing_keys"], *info["unexpected_keys"]} | (reloaded.state_dict().keys() ^ model.state_dict().keys()))
     if extra:

@@ -57,7 +57,8 @@ def staged(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 
 
 def _sync(folder: Path) -> None:
-    mode = folder.stat().st_mode & 0o666  # safetensors writes files that only their owner can read; servers have users of their own
+    # safetensors writes files that only their owner can read; a server may run as another user.
+    mode = folder.stat().st_mode & 0o666
     for path in (p for p in folder.rglob("*") if p.is_file()):
         path.chmod(mode)
         descriptor = os.open(path, os.O_RDWR)

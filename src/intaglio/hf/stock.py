@@ -54,10 +54,10 @@ def export_peft(
     with staged(directory, overwrite=overwrite) as folder:
         work = copy.deepcopy(model).eval()
         with applied(delta, work):  # checks every fingerprint first
-            safetensors.torch.save_file(dict(build(_differences(delta, model))), folder / WEIGHTS, {"format": "pt"})
-            config.save_pretrained(str(folder))
             work.float()
             reference = answer(work, prompts(work, tokenizer))
+        safetensors.torch.save_file(dict(build(_differences(delta, model))), folder / WEIGHTS, {"format": "pt"})
+        config.save_pretrained(str(folder))
         check = compare(reference, _load(work, folder))
         (folder / "README.md").write_text(_card(delta, figures["to"]), encoding="utf-8")
         return write_marker(folder, directory, delta, {**figures, **check})
