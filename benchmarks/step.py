@@ -13,6 +13,7 @@ On a GPU, shapes that do not fit side by side are run one process after the othe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -153,7 +154,7 @@ class Step:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         marks.append(_now())
-        forward, backward, optimizer = (after - before for before, after in zip(marks, marks[1:], strict=False))
+        forward, backward, optimizer = (after - before for before, after in itertools.pairwise(marks))
         return {"forward": forward, "backward": backward, "optimizer": optimizer, "total": marks[-1] - marks[0]}
 
     def bytes_kept(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -351,6 +352,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--length", type=int, default=128, help="tokens per row")

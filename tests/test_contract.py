@@ -39,7 +39,9 @@ def train(model, tuner, name, *, steps, accumulation=2, **kwargs):
 @each_model
 @each_case
 def test_only_the_selection_moves_and_all_of_it(name, config):
-    """20 AdamW steps with weight decay 0.1, clipping, accumulation 2: frozen entries keep every bit."""
+    """S2FT checklist 8, 9 and 11: 20 AdamW steps with weight decay 0.1, clipping, accumulation 2: frozen entries keep
+    every bit.
+    """
     model = tiny.build(name)
     start = {key: p.detach().clone() for key, p in model.named_parameters()}
     tuner = attach(model, build(config))
@@ -61,7 +63,7 @@ def test_only_the_selection_moves_and_all_of_it(name, config):
 @each_model
 @each_case
 def test_adapter_round_trip_is_exact(name, config, tmp_path):
-    """save → load → apply on a fresh base equals the trained model; revert equals the base."""
+    """S2FT checklist 16: save → load → apply on a fresh base equals the trained model; revert equals the base."""
     model = tiny.build(name, dtype=torch.bfloat16)
     tuner = attach(model, build(config))
     train(model, tuner, name, steps=2)
@@ -81,6 +83,7 @@ def test_adapter_round_trip_is_exact(name, config, tmp_path):
 @each_model
 @each_case
 def test_selection_is_reproducible_and_leaves_no_trace(name, config):
+    """S2FT checklist 12: whatever the global random state."""
     model = tiny.build(name)
     random_state = torch.random.get_rng_state()
     before = {key: t.clone() for key, t in model.state_dict().items()}
@@ -102,6 +105,7 @@ def test_selection_is_reproducible_and_leaves_no_trace(name, config):
 
 @each_case
 def test_excluded_entries_are_never_chosen(config):
+    """S2FT checklist 15."""
     name = "gqa_llama"
     first = attach(tiny.build(name), build(config)).selection
     if config["name"] == "full":
@@ -113,7 +117,7 @@ def test_excluded_entries_are_never_chosen(config):
 
 @each_case
 def test_state_survives_bit_for_bit(config):
-    """10 updates = 5 + state_dict + a fresh model and optimizer + 5."""
+    """S2FT checklist 20: 10 updates = 5 + state_dict + a fresh model and optimizer + 5."""
     name = "gqa_llama"
     batches = [tiny.batch(name, seed=i) for i in range(10)]
 

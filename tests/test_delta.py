@@ -45,6 +45,7 @@ def adapter(request, tmp_path):
 
 
 def test_apply_and_revert_100_times_in_bf16(adapter):
+    """S2FT checklist 17: values are swapped, never added, so every bit comes back."""
     model = tiny.build("gqa_llama", dtype=torch.bfloat16)
     base, delta = state(model), Delta.load(adapter)
     delta.apply_(model)
@@ -158,6 +159,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_foreign_base_is_refused_untouched(adapter, foreign):
+    """S2FT checklist 16."""
     make, message = FOREIGN[foreign]
     model = make()
     before = state(model)
@@ -196,6 +198,7 @@ def test_wrong_order_of_calls(adapter):
 
 
 def test_disjoint_adapters_stack_exactly():
+    """S2FT checklist 15: fused weights are the base with both deltas, exactly."""
     first = trained(METHODS[1], torch.float32)
     model = tiny.build("gqa_llama")
     second = attach(model, Random(budget=0.05, seed=1), exclude=first.selection)

@@ -39,6 +39,7 @@ def worker(rank, port, folder):
 
 
 def test_two_ranks_equal_one_process(tmp_path):
+    """S2FT checklist 9 and 12: gloo, the same units and weights on both ranks."""
     import socket
 
     with socket.socket() as probe:

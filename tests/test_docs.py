@@ -53,8 +53,9 @@ def test_readme_code_runs(on_a_tiny_model):
 def test_python_in_the_docs_runs(page, on_a_tiny_model):
     for code in blocks(ROOT / "README.md", "python"):
         exec(on_a_tiny_model(code), {})  # leaves the adapter that docs/adapter-format.md loads
+    names: dict = {}
     for code in blocks(page, "python"):
-        exec(on_a_tiny_model(code), {})
+        exec(on_a_tiny_model(code), names)
 
 
 def test_run_files_in_the_docs_are_valid(tmp_path):

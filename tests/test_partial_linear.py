@@ -38,6 +38,7 @@ def run(layer, x, cotangent):
 @pytest.mark.parametrize("shape", [(10,), (5, 10), (2, 5, 10), (2, 3, 4, 10)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_slice_gradient_is_autograds(kind, dim, bias, shape, dtype, tolerance):
+    """S2FT checklist 5 and 9: rows and columns, 1-D to 4-D inputs, 1e-6 in fp32 and 1e-12 in fp64."""
     layer, slot, index = layer_and_slot(kind, dim, bias, dtype)
     dense = copy.deepcopy(layer)
     for name in ("forward", "partial"):
@@ -54,7 +55,9 @@ def test_slice_gradient_is_autograds(kind, dim, bias, shape, dtype, tolerance):
 
 @pytest.mark.parametrize(("kind", "dim", "bias"), KINDS)
 def test_gradcheck(kind, dim, bias):
-    """Numerical gradients through the value that the forward really uses: the weight with the slot written in."""
+    """S2FT checklist 5: numerical gradients through the value that the forward really uses: the weight with the slot
+    written in.
+    """
     x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
 
     def f(x, values):
@@ -169,6 +172,7 @@ def gradients(model, batch, **context):
 @pytest.mark.parametrize("name", ["gqa_llama", "transposed_gpt2", "fused_phi3"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_bit(name, reentrant):
+    """S2FT checklist 9."""
     batch = tiny.batch(name)
     plain = tiny.build(name).train()
     attach(plain, S2FT(o=0.5, down=0.25))
@@ -195,6 +199,7 @@ def test_checkpointed_layer_alone():
 
 @pytest.mark.parametrize("name", ["gqa_llama", "qkv_bias_qwen2", "opt"])
 def test_autocast_bf16_equals_the_dense_twin(name):
+    """S2FT checklist 9."""
     batch, method = tiny.batch(name), S2FT(v=0.5, o=0.5, up=0.25, down=0.25)
     grads = []
     for partial in (True, False):
@@ -213,6 +218,7 @@ def test_autocast_bf16_equals_the_dense_twin(name):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", ["gqa_llama", "transposed_gpt2", "opt"])
 def test_compile_gives_the_same_gradients(name):
+    """S2FT checklist 9."""
     batch = tiny.batch(name)
     model = tiny.build(name)
     tuner = attach(model, S2FT(v=0.5, o=0.5, up=0.25, down=0.25))

@@ -67,6 +67,7 @@ def test_small_updates_survive_bf16():
 
 
 def test_a_step_without_backward_changes_nothing():
+    """S2FT checklist 11."""
     model = tiny.build("gqa_llama")
     before = copy.deepcopy(model.state_dict())
     optimizer = attach(model, S2FT(o=0.5, down=0.25)).optimizer(torch.optim.AdamW, lr=1.0, weight_decay=0.5)
@@ -169,7 +170,8 @@ def test_attach_refuses_and_leaves_the_model_unchanged():
     before, required = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     cases = [
         (S2FT(o=0.01, down=0.25), "rounds to nothing"),
-        (S2FT(o=9, down=0.25), "S2FT.o=9"),
+        (S2FT(o=9, down=0.25), "S2FT.o=9: a count must lie between 1 and the 8 query heads"),
+        (S2FT(v=0.1), "S2FT.v=0.1: rounds to nothing of 4 key-value heads; give at least 0.25 or a count"),
         (Random(budget=10**9), "budget=1000000000"),
         (Random(include=("*.nothing.*",)), "matches no parameter"),
         (Full(include=("x",)), "names look like"),
@@ -245,7 +247,7 @@ def test_s2ft_quota_is_exact_and_even(name):
 
 
 def test_s2ft_seed_fixes_the_units_for_ever():
-    """A changed draw would silently change what every recipe trains."""
+    """S2FT checklist 12: a changed draw would silently change what every recipe trains."""
     selection, _ = S2FT(o=4, down=6, seed=0).choose({}, tiny.build("gqa_llama"), 0, None, Selection())
     chosen = {name.removeprefix("model.layers."): entries.index.tolist() for name, entries in selection.items()}
     assert chosen == EXPECTED

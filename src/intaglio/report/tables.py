@@ -92,7 +92,8 @@ def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "rank" in result:
         names = " ".join(sorted({target.rpartition(".")[2] for target in result["targets"]}))
         flags = f"--enable-lora --max-lora-rank {result['rank']} --lora-target-modules {names}"
-        yield "vLLM", f"vllm serve {result['base']} {flags} --lora-modules NAME={result['path']}"
+        base = result["base"] if "/" in result["base"] else "BASE"  # the embedded model has no name that others know
+        yield "vLLM", f"vllm serve {base} {flags} --lora-modules NAME={result['path']}"
 
 
 def _inspect(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
