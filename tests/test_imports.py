@@ -42,7 +42,7 @@ def test_help_is_fast():
         start = time.perf_counter()
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         seconds.append(time.perf_counter() - start)
-    for command in ("train", "evaluate", "verify", "methods"):
+    for command in ("train", "evaluate", "verify", "export", "inspect", "methods"):
         assert command in out
     assert min(seconds) < 0.5, seconds
     assert python("import sys, intaglio.cli; assert 'torch' not in sys.modules") == ""

@@ -107,6 +107,61 @@ def verify(
 
 
 @app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="adapter folder, or the folder of a finished run", metavar="ADAPTER")],
+    to: Annotated[str, typer.Option("--to", help="lora (PEFT, vLLM …), merged (a plain model) or supertuning (PEFT's sparse)")],
+    output: Annotated[Path, typer.Option("--output", help="the new folder")],
+    base: Annotated[str | None, typer.Option(help="base model; default the one the adapter or run names")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of LoRA's factors: float32 (default), bfloat16 or float16")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export in the output folder")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export an adapter so that other programs load it, checked against the tuned model before it appears.
+
+    Examples:
+
+        intaglio export runs/demo --to lora --output exports/demo-lora
+        intaglio export adapter --to merged --output exports/demo --base smollm2-135m
+    """
+
+    def work() -> dict[str, Any]:
+        from .exporting import export as run
+
+        return run(adapter, to, output, base=base, dtype=dtype, overwrite=overwrite)
+
+    _finish(_guarded(work, debug), as_json, "export")
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="adapter folder, or the folder of a finished run", metavar="ADAPTER")],
+    other: Annotated[Path | None, typer.Option("--with", help="another adapter or run, to count what both train")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the picture (.png), or a folder for it; default the inspected folder")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an adapter changes: counts per layer and projection, its share of the model, a heat map.
+
+    No model is loaded.
+
+    Examples:
+
+        intaglio inspect runs/demo
+        intaglio inspect adapter --with other-adapter --output selection.png
+    """
+
+    def work() -> dict[str, Any]:
+        from .inspection import inspect as run
+
+        return run(adapter, other=other, output=output)
+
+    _finish(_guarded(work, debug), as_json, "inspect")
+
+
+@app.command()
 def methods(as_json: Json = False) -> None:
     """List the methods, their fields and defaults."""
     from .methods import METHODS

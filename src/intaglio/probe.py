@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -47,7 +47,7 @@ class Batches:
         >>> tuner = attach(model, S2FT(select="activation"), probe=probe)
     """
 
-    data: Sequence[Mapping[str, Any]]
+    data: Collection[Mapping[str, Any]]
     loss_fn: Callable[[nn.Module, Mapping[str, Any]], Tensor] = _own_loss
 
     def __post_init__(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import Config, EvaluateBlock, load_config
+from .run_folder import read_run
 
 __all__ = ["score", "verify"]
 
@@ -26,7 +26,7 @@ def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None)
     Raises:
         ValueError: for a bad run file, missing data, a missing or foreign adapter.
     """
-    source, own = (_config_of(run), run / "adapter") if run.is_dir() else (run, None)
+    source, own = (read_run(run)["config"], run / "adapter") if run.is_dir() else (run, None)
     config, adapter = load_config(source, overrides), adapter or own
     from .data import load_examples
     from .evaluate import evaluate
@@ -46,7 +46,7 @@ def verify(run: Path) -> dict[str, Any]:
     """
     from .hf.verify import compare_check
 
-    config = load_config(_config_of(run))
+    config = load_config(read_run(run)["config"])
     model, _ = _load(config, run / "adapter")
     return {"run": str(run), "adapter": str(run / "adapter"), **compare_check(model, run / "check.safetensors")}
 
@@ -66,11 +66,3 @@ def _load(config: Config, adapter: Path | None) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() and not config.train.get("use_cpu") else "cpu"
     model = load_model(config.model.name, device=device, **config.model.kwargs())
     return (model if adapter is None else apply_adapter(model, adapter)), tokenizer
-
-
-def _config_of(run: Path) -> dict[str, Any]:
-    path = run / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{run}: not a finished run, it has no run.json")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]
-    return config

@@ -12,13 +12,16 @@ __all__ = ["show"]
 
 
 def show(kind: str, result: dict[str, Any]) -> None:
-    """Print a command's result; `kind` is one of run, score, verify, methods."""
+    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _ROWS[kind](result):
         table.add_row(label, text, style="bold" if label.isupper() else None)
     # Wide enough for one row a line in a file or a log, where there is no terminal to fit.
     console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
+    console = console if console.is_terminal else Console(width=160)
+    console.print(table)
+    if kind == "inspect" and result["projections"]:
+        console.print(_layers(result["projections"]))
 
 
 def _run(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -75,9 +78,80 @@ def _methods(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "lora", "PEFT's LoRA, for comparison; fields are LoraConfig's"
 
 
+def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "base", result["base"]
+    if "rank" in result:
+        yield "LoRA", f"rank {result['rank']} in {result['modules']} modules"
+    if "sparsity" in result:
+        padding = f"{result['padded'] - result['entries']:,} places of padding"
+        yield "SUPERTUNING", f"sparsity {result['sparsity']:.4g}, {result['entries']:,} values and {padding}"
+    yield "size", f"{result['bytes'] / 1e6:.2f} MB (the adapter: {result['compact_bytes'] / 1e6:.2f} MB)"
+    tokens = f"{result['tokens']} greedy tokens the same" if result["tokens"] else "no tokens generated"
+    yield "checked", f"greatest difference of a logit {result['max_difference']:.1e}, {tokens}"
+    yield "written", result["path"]
+    if "rank" in result:
+        names = " ".join(sorted({target.rpartition(".")[2] for target in result["targets"]}))
+        flags = f"--enable-lora --max-lora-rank {result['rank']} --lora-target-modules {names}"
+        base = result["base"] if "/" in result["base"] else "BASE"  # the embedded model has no name that others know
+        yield "vLLM", f"vllm serve {base} {flags} --lora-modules NAME={result['path']}"
+
+
+def _inspect(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    fields = ", ".join(f"{k}={v!r}" for k, v in result["method"].items() if k != "name")
+    yield "method", f"{result['method'].get('name', 'unknown')} ({fields})"
+    yield "base", result["base"] or "not named"
+    share = "" if result["share"] is None else f" of {result['of']:,} = {result['share']:.2%} of the model"
+    yield "changed", f"{result['entries']:,} weights{share}, in {result['parameters']} parameters"
+    yield "size", f"{result['bytes'] / 1e6:.2f} MB"
+    for name, record in result["other"].items():
+        yield "other", f"{name}: {record['entries']:,} entries ({record['kind']}) in {record['parameters']} parameter(s)"
+    if "overlap" in result:
+        yield from _overlap(result)
+    if result["picture"] is not None:
+        yield "picture", result["picture"]
+
+
+def _overlap(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    overlap = result["overlap"]
+    yield "with", result["with"]
+    shares = f"{overlap['share']:.2%} of this adapter, {overlap['share_of_other']:.2%} of the other"
+    yield "overlap", "none: disjoint" if overlap["disjoint"] else f"{overlap['entries']:,} entries = {shares}"
+    for name, entries in overlap["projections"].items():
+        if entries:
+            yield "", f"{name}: {entries:,}"
+
+
+def _layers(projections: dict[str, Any]) -> Table:
+    """Layers × projections: chosen heads or blocks, slices or entries."""
+    table = Table(box=None, title="chosen per layer", title_justify="left", title_style="bold")
+    table.add_column("layer", justify="right")
+    for name, record in projections.items():
+        table.add_column(f"{name}\n{_unit(record)}", justify="right")
+    for layer in sorted({layer for record in projections.values() for layer in record["chosen"]}):
+        counts = (record["chosen"].get(layer) for record in projections.values())
+        cells = (
+            "–" if n is None else f"{n // record.get('block', 1):,}"
+            for n, record in zip(counts, projections.values(), strict=True)
+        )
+        table.add_row(str(layer), *cells)
+    table.add_row("all", *(f"{record['share']:.2%}" for record in projections.values()), style="bold")
+    return table
+
+
+def _unit(record: dict[str, Any]) -> str:
+    if "along" not in record:
+        return "entries" if record["kind"] != "slices" else "slices"
+    what = record["along"]
+    if record["block"] > 1:
+        return f"blocks of {record['block']} {what}, of {record['width'] // record['block']}"
+    return f"{what} of {record['width']}"
+
+
 _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str]]]] = {
     "run": _run,
     "score": _score,
     "verify": _verify,
     "methods": _methods,
+    "export": _export,
+    "inspect": _inspect,
 }

@@ -1,0 +1,68 @@
+"""Make a folder appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["MARKER", "check_target", "staged"]
+
+MARKER = "intaglio_export.json"  # what was exported and how exact it is; only a folder with it is ever replaced
+
+
+def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Refuse, before any work, a folder that an export would damage.
+
+    Args:
+        directory: where the export is to appear.
+        overwrite: replace an earlier export there; default False. Anything else is never replaced.
+
+    Raises:
+        ValueError: where something is there already.
+    """
+    target = Path(directory).resolve()
+    if not target.exists():
+        return target
+    if not (target / MARKER).is_file():
+        raise ValueError(f"output {str(directory)!r}: exists and is no earlier export; give a new folder")
+    if not overwrite:
+        raise ValueError(f"output {str(directory)!r}: holds an earlier export; --overwrite replaces it, or give a new folder")
+    return target
+
+
+@contextmanager
+def staged(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that becomes `directory` by one rename if the block ends well, and vanishes if it does not.
+
+    Raises:
+        ValueError: as `check_target`.
+    """
+    target = check_target(directory, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder = temporary / "new"
+        folder.mkdir()
+        yield folder
+        _sync(folder)
+        if target.exists():
+            os.replace(target, temporary / "old")
+        os.replace(folder, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    # safetensors writes files that only their owner can read; a server may run as another user.
+    mode = folder.stat().st_mode & 0o666
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        path.chmod(mode)
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

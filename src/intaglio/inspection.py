@@ -1,0 +1,181 @@
+"""Look into an adapter without loading a model: what it changes, where, and what it shares with another one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .delta import Delta
+from .run_folder import adapter_of
+from .selection import Entries, Selection, Slices
+
+__all__ = ["grid", "inspect"]
+
+_LAYERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<path>.+?)(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter sits: in which layer of which stack, and as which projection there."""
+
+    layer: int
+    projection: str  # the path inside the layer, e.g. "self_attn.q_proj"; with the stack where a model has several
+
+
+def inspect(path: Path, *, other: Path | None = None, output: Path | None = None) -> dict[str, Any]:
+    """Count what an adapter changes, draw it, and compare it with another one.
+
+    Args:
+        path: an adapter folder, or the folder of a finished run.
+        other: a second one; default None.
+        output: the picture (a name that ends in .png) or a folder for it; default `path`.
+
+    Returns:
+        method, base, bytes, entries, `of` and `share` of the model (None where unknown), `projections` (per projection
+        its kind, entries and chosen slices per layer), `other` parameters, `picture`, and with `other` the `overlap`.
+
+    Raises:
+        ValueError: for a missing or damaged adapter, a picture that is no .png, or adapters of different models.
+
+    Example:
+        >>> inspect(Path("runs/demo"))["projections"]["mlp.down_proj"]["least"]
+        46
+    """
+    picture = _picture_path(path, output)
+    adapter, run = adapter_of(path)
+    delta = Delta.load(adapter)
+    overlap = None if other is None else _overlap(delta, Delta.load(adapter_of(other)[0]))
+    projections, rest = grid(delta.selection)
+    result = _summary(path, delta, run) | {
+        "projections": {name: _counts(layers) for name, layers in projections.items()},
+        "other": rest,
+        "picture": None,
+    }
+    if projections:
+        from .report.heatmap import plot_selection
+
+        title = f"{delta.method.get('name', 'adapter')}: {delta.selection.size:,} chosen weights"
+        share = "" if result["share"] is None else f" = {result['share']:.2%} of the model"
+        blocks = {name: figures["block"] for name, figures in result["projections"].items() if "block" in figures}
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        result["picture"] = str(plot_selection(projections, blocks, title + share, picture))
+    return result if overlap is None else result | {"with": str(other), "overlap": overlap}
+
+
+def grid(selection: Selection) -> tuple[dict[str, dict[int, list[Entries]]], dict[str, dict[str, Any]]]:
+    """Sort parameters into layers × projections.
+
+    Returns:
+        (projection → layer → entries, everything else: name with layers as `*` → kind, parameters, entries).
+        A cell holds several entries where a layer has several such weights (experts).
+    """
+    places = _places(selection)
+    projections: dict[str, dict[int, list[Entries]]] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for name, entries in selection.items():
+        if name in places:
+            place = places[name]
+            projections.setdefault(place.projection, {}).setdefault(place.layer, []).append(entries)
+            continue
+        record = rest.setdefault(re.sub(r"\.\d+\.", ".*.", name), {"kind": entries.kind, "parameters": 0, "entries": 0})
+        record["parameters"] += 1
+        record["entries"] += entries.count
+    return {name: projections[name] for name in sorted(projections, key=_order(places).__getitem__)}, rest
+
+
+def _order(places: Mapping[str, _Place]) -> dict[str, int]:
+    """Projection → its place inside a layer, as the model lists them; layers may lack some."""
+    order: dict[str, int] = {}
+    seen: dict[tuple[int, str], None] = dict.fromkeys((place.layer, place.projection) for place in places.values())
+    ranks: dict[int, int] = {}
+    for layer, projection in seen:
+        order[projection] = max(order.get(projection, 0), ranks.get(layer, 0))
+        ranks[layer] = ranks.get(layer, 0) + 1
+    return order
+
+
+def _places(selection: Selection) -> dict[str, _Place]:
+    """The matrices of a stack of layers; norms, biases and embeddings are none."""
+    found = {n: m for n, e in selection.items() if len(e.shape) > 1 and (m := _LAYERED.fullmatch(n))}
+    stacks = {match["stack"] for match in found.values()}
+    places = {}
+    for name, match in found.items():
+        path = re.sub(r"\.\d+(?=\.|$)", ".*", match["path"])  # experts of one layer together
+        places[name] = _Place(int(match["layer"]), path if len(stacks) == 1 else f"{match['stack']}: {path}")
+    return places
+
+
+def _summary(path: Path, delta: Delta, run: Mapping[str, Any] | None) -> dict[str, Any]:
+    of = getattr(delta, "of", None) or (run or {}).get("trainable", {}).get("of")
+    return {
+        "path": str(path),
+        "method": delta.method,
+        "base": delta.base,
+        "bytes": delta.nbytes,
+        "parameters": len(delta.selection),
+        "entries": delta.selection.size,
+        "of": of,
+        "share": delta.selection.size / of if of else None,
+    }
+
+
+def _counts(layers: Mapping[int, list[Entries]]) -> dict[str, Any]:
+    """One projection's figures; `chosen` counts slices, or entries where it is not made of slices."""
+    every = [entries for cell in layers.values() for entries in cell]
+    sliced = [entries for entries in every if isinstance(entries, Slices)]
+    by_slice = len(sliced) == len(every)
+    chosen = {layer: sum(_size(entries, by_slice) for entries in cell) for layer, cell in sorted(layers.items())}
+    figures: dict[str, Any] = {"kind": every[0].kind if len({e.kind for e in every}) == 1 else "mixed"}
+    if by_slice and len({(entries.dim, entries.shape) for entries in sliced}) == 1:
+        dim, shape = sliced[0].dim, sliced[0].shape
+        along = "columns" if dim == len(shape) - 1 else "rows"
+        figures |= {"along": along, "width": shape[dim], "block": _block_width(sliced)}
+    figures |= {"entries": sum(e.count for e in every), "share": sum(e.count for e in every) / sum(e.numel for e in every)}
+    return figures | {"least": min(chosen.values()), "most": max(chosen.values()), "chosen": chosen}
+
+
+def _size(entries: Entries, by_slice: bool) -> int:
+    return entries.index.numel() if by_slice and isinstance(entries, Slices) else entries.count
+
+
+def _block_width(sliced: Iterable[Slices]) -> int:
+    """The greatest width w such that all chosen slices form aligned blocks of w, e.g. head_dim; 1 for single ones."""
+    width = 0
+    for entries in sliced:
+        index = entries.index.tolist()
+        starts = [i for i, before in zip(index, [-2, *index], strict=False) if i != before + 1]
+        ends = [i + 1 for i, after in zip(index, [*index[1:], -2], strict=True) if after != i + 1]
+        width = math.gcd(width, entries.shape[entries.dim], *starts, *ends)
+    return width
+
+
+def _overlap(one: Delta, two: Delta) -> dict[str, Any]:
+    """Entries that both adapters change, in all and per projection."""
+    both: dict[str, int] = {}
+    for name in one.selection.keys() & two.selection.keys():
+        if one.selection[name].shape != two.selection[name].shape:
+            shapes = f"{list(one.selection[name].shape)} and {list(two.selection[name].shape)}"
+            raise ValueError(f"{name}: shapes {shapes}: these are adapters of different models")
+        both[name] = Selection({name: one.selection[name]}).overlap({name: two.selection[name]})
+    places = _places(one.selection)
+    projections: dict[str, int] = {}
+    for name, count in both.items():
+        key = places[name].projection if name in places else "other"
+        projections[key] = projections.get(key, 0) + count
+    entries = sum(both.values())
+    shares = {"share": entries / one.selection.size, "share_of_other": entries / two.selection.size}
+    return {"entries": entries, **shares, "disjoint": entries == 0, "projections": dict(sorted(projections.items()))}
+
+
+def _picture_path(path: Path, output: Path | None) -> Path:
+    if output is None:
+        return path / "selection.png"
+    if output.suffix == ".png":
+        return output
+    if output.suffix and not output.is_dir():
+        raise ValueError(f"output {str(output)!r}: pictures are PNG; give a name that ends in .png, or a folder")
+    return output / "selection.png"
