@@ -185,6 +185,9 @@ def test_registration_waits_for_peft():
     code = """
 import sys, intaglio.hf
 assert not {"peft", "transformers", "torch"} & set(sys.modules)
+from transformers.utils import is_peft_available
+assert is_peft_available()  # looks for PEFT without importing it
+assert "peft" not in sys.modules
 import peft
 assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["INTAGLIO"] == "intaglio_"
 """
