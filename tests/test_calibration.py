@@ -251,7 +251,7 @@ def test_mistakes_are_explained_before_anything_changes():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     good = tiny.batch("gqa_llama")
     cases = [
-        (None, "activation", "looks at data: give attach a probe"),
+        (None, "activation", "looks at data: give a probe"),
         (Batches([{k: v for k, v in good.items() if k != "labels"}]), "gradient", "add `labels`"),
         (Batches([good | {"attention_mask": torch.ones(3, 1, 12, 12)}]), "activation", "one mask entry per token"),
     ]

@@ -168,7 +168,7 @@ class S2FT(Method):
         if self.select == "weight":
             return calibration.weight_norms(model, layers)
         if probe is None:
-            raise ValueError(f"S2FT(select={self.select!r}) looks at data: give attach a probe, e.g. probe=Batches([batch, ...])")
+            raise ValueError(f"S2FT(select={self.select!r}) looks at data: give a probe, e.g. probe=Batches([batch, ...])")
         if self.select == "gradient":
             return calibration.gradient_norms(model, layers, probe)
         norms = calibration.activation_norms(model, layers, probe)
