@@ -122,6 +122,15 @@ def test_activation_norms_equal_the_definition():
         torch.testing.assert_close(found[layer.name, "kv_heads"].float(), heads.square().sum((0, 2)).view(2, 2).sum(1).sqrt())
 
 
+def test_rows_without_labels_count_for_nothing():
+    model, layers = tiny.build("gqa_llama"), describe(tiny.build("gqa_llama"))
+    rows = tiny.batch("gqa_llama", rows=3)
+    rows["labels"][1] = -100
+    kept = {key: value[[0, 2]] for key, value in rows.items()}
+    some, both = (gradient_norms(model, layers, Batches([data])) for data in (rows, kept))
+    assert all(torch.equal(value, both[key]) for key, value in some.items())
+
+
 def test_padding_counts_for_nothing():
     """S2FT checklist 14: other tokens under the mask change no norm."""
     model = tiny.build("gqa_llama")
@@ -159,6 +168,7 @@ def test_the_split_into_batches_changes_nothing(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_looking_leaves_no_trace(name, strategy):
     if name in tiny.MIXTURES and strategy in ("activation", "product"):
+        assert chosen(tiny.build(name), probe(name), o=0.5, down=None, select=strategy).size > 0  # heads can be seen
         with pytest.raises(ValueError, match="holds all experts in one weight"):
             chosen(tiny.build(name), probe(name), o=0.5, down=0.25, select=strategy)
         return
@@ -253,6 +263,7 @@ def test_mistakes_are_explained_before_anything_changes():
     cases = [
         (None, "activation", "looks at data: give a probe"),
         (Batches([{k: v for k, v in good.items() if k != "labels"}]), "gradient", "add `labels`"),
+        (Batches([good | {"labels": torch.full_like(good["labels"], -100)}]), "gradient", "every label is -100"),
         (Batches([good | {"attention_mask": torch.ones(3, 1, 12, 12)}]), "activation", "one mask entry per token"),
     ]
     for data, strategy, message in cases:

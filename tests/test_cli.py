@@ -151,10 +151,15 @@ def test_calibrated_permuted_and_disjoint(place):
     assert second.selection.overlap(index.selection) == 0
     assert index.selection != Delta.load(place / "runs/run/adapter").selection
     assert json.loads(intaglio("verify", "runs/permuted", "--json", cwd=place).stdout)["equal"]
-    for mistake in (["data.calibration=61"], ["data.calibration=0"], ["method={name: lora}", "attach.permute=true"]):
+    (place / "runs/permuted/run.json").unlink()
+    settings[0:0] = ["attach.permute=true", "train.output_dir=runs/permuted"]
+    intaglio("train", "run.yaml", *settings, "train.max_steps=12", "--resume", cwd=place)
+    assert Delta.load(place / "runs/permuted/adapter").selection == index.selection
+    bad = [["data.calibration=61"], ["data.calibration=1.5"], ["method={name: lora}"], ["method.select=random"]]
+    for mistake in bad:
         done = intaglio("train", "run.yaml", *settings, "train.output_dir=runs/never", *mistake, cwd=place, check=False)
         assert done.returncode == 2
-        assert "calibration" in done.stderr or "attach: has no effect" in done.stderr
+        assert "data.calibration" in done.stderr or "attach: has no effect" in done.stderr
         assert not (place / "runs/never").exists()
 
 

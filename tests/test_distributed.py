@@ -1,14 +1,22 @@
 """Two processes on gloo: both ranks end with the weights of one process that saw both batches."""
 
+import socket
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny
-from intaglio import S2FT, Full, attach
+from intaglio import S2FT, Batches, Full, attach
 
 METHODS = [S2FT(v=0.5, o=0.5, up=0.25, down=0.25), Full()]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def halves(step):
@@ -38,14 +46,26 @@ def worker(rank, port, folder):
     dist.destroy_process_group()
 
 
+def choose_apart(rank, port, folder):
+    """Each rank calibrates on data of its own: refused on both."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        probe = Batches([tiny.batch("gqa_llama", seed=rank)])
+        attach(tiny.build("gqa_llama"), S2FT(o=0.5, down=0.1, select="activation"), probe=probe)
+    except ValueError as error:
+        (folder / str(rank)).write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_choose_apart_are_refused(tmp_path):
+    """S2FT checklist 12."""
+    mp.spawn(choose_apart, args=(free_port(), tmp_path), nprocs=2)
+    assert all("chose different entries" in (tmp_path / str(rank)).read_text() for rank in (0, 1))
+
+
 def test_two_ranks_equal_one_process(tmp_path):
     """S2FT checklist 9 and 12: gloo, the same units and weights on both ranks."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(worker, args=(free_port(), str(tmp_path)), nprocs=2)
     for method in METHODS:
         ranks = [torch.load(tmp_path / f"{method.name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
         alone = train(method, tiny.build("gqa_llama", dtype=torch.float64), lambda model: model, halves)

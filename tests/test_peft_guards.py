@@ -206,7 +206,10 @@ def test_adapters_are_chosen_in_the_bare_base():
         (lambda: DeltaConfig(method={}, parameters=[]).records, "not a mapping"),
         (lambda: get_peft_model(tiny.build("gqa_llama"), S2FTConfig(target_modules=["q_proj"])), "q_proj.*give q="),
         (lambda: get_peft_model(tiny.build("gqa_llama"), S2FTConfig(target_modules=["norm"])), "norm is a LlamaRMSNorm"),
-        (lambda: get_peft_model(tiny.build("gqa_llama"), S2FTConfig(target_modules=["nothing"])), "nothing.*not found"),
+        (
+            lambda: get_peft_model(tiny.build("gqa_llama"), S2FTConfig(target_modules=["nothing"])),
+            "its linear layers are called down_proj",
+        ),
         (lambda: get_peft_model(tiny.build("gqa_llama"), S2FTConfig(**S2FT, layers_to_transform=[9])), "leave nothing"),
         (lambda: get_peft_model(tiny.build("gqa_llama"), S2FTConfig(target_modules=["lm_head"], down=3)), "as a float down"),
         (lambda: get_peft_model(tiny.build("gqa_llama"), S2FTConfig(**S2FT, select="activation")), "probe"),
@@ -272,3 +275,13 @@ def test_a_scalar_and_an_embedding(tmp_path):
     assert torch.equal(model(ids), expected(ids))
     merged = model.merge_and_unload()
     assert all(torch.equal(a, b) for a, b in zip(merged.state_dict().values(), expected.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("targets", [None, ["down_proj"]])
+def test_layers_to_transform_keeps_the_budget(targets):
+    """What a count names is trained in the layers that are left."""
+    config = S2FTConfig(o=None, down=10, layers_to_transform=[1], target_modules=targets)
+    model = get_peft_model(tiny.build("gqa_llama"), config)
+    ((name, entries),) = model.peft_config["default"].chosen.items()
+    assert name == "model.layers.1.mlp.down_proj.weight"
+    assert len(entries.index) == 10

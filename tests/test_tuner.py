@@ -9,6 +9,7 @@ import torch
 import tiny
 from intaglio import S2FT, Full, PaFi, Random, Selection, attach
 from intaglio.methods import build
+from intaglio.selection import Slices
 from intaglio.structure import describe
 
 
@@ -190,6 +191,23 @@ def test_attach_refuses_and_leaves_the_model_unchanged():
         attach(model, Full())
     tuner.detach()
     attach(model, Full())
+
+
+def test_a_foreign_selection_cannot_be_excluded():
+    other = attach(tiny.build("opt"), S2FT(o=0.5, down=0.25)).selection
+    with pytest.raises(ValueError, match=r"exclude: model\.decoder.*no such parameter; give entries of this model"):
+        attach(tiny.build("gqa_llama"), S2FT(o=0.5, down=0.25), exclude=other)
+    wider = {name: Slices((32, 50), 1, torch.tensor([0])) for name in ("model.layers.0.mlp.down_proj.weight",)}
+    with pytest.raises(ValueError, match=r"exclude: .*down_proj\.weight of shape \[32, 50\]: the model has shape \[32, 48\]"):
+        attach(tiny.build("gqa_llama"), Full(), exclude=Selection(wider))
+
+
+def test_shared_layers_are_refused():
+    model = tiny.build("gqa_llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    for select in ("random", "weight"):
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp.*is shared between layers"):
+            attach(model, S2FT(o=0.5, down=0.25, select=select))
 
 
 def test_missing_projection_names_what_exists():

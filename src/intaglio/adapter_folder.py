@@ -207,7 +207,7 @@ def _own_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not an Intaglio adapter (peft_type is not {PEFT_TYPE})")
     if config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version")
-        raise ValueError(f"{path}: format version {found!r}; this release reads {FORMAT_VERSION}: upgrade intaglio")
+        raise ValueError(f"{path}: format version {found!r}; this release reads {FORMAT_VERSION}: use the release that wrote it")
     missing = {"base_model_name_or_path", "method", "parameters", "sha256"} - config.keys()
     if missing:
         raise ValueError(f"{path}: damaged, without {', '.join(sorted(missing))}")

@@ -8,7 +8,7 @@ and the random state are what they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ STRUCTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kv_heads": ("o", ("k", "v")),
 }
 
+_IGNORED = -100  # the label that transformers' losses skip
+
 Norms = dict[tuple[str, str], Tensor]  # (layer name, structure) → one norm per unit, fp64 `[units]` on the CPU
 
 
@@ -35,15 +37,17 @@ def units_of(layer: Layer, structure: str) -> int:
     return next((layer.projections[role].units for role in STRUCTURES[structure][1] if role in layer.projections), 0)
 
 
-def weight_norms(model: nn.Module, layers: list[Layer]) -> Norms:
-    """L2 norm of the weights that read each unit."""
+def weight_norms(model: nn.Module, layers: list[Layer], structures: Collection[str] = tuple(STRUCTURES)) -> Norms:
+    """L2 norm of the weights that read each unit of the given structures."""
     parameters = dict(model.named_parameters())
-    squares = {p.parameter: _squares(parameters[p.parameter].detach(), p.dim) for p in _readers(layers)}
+    squares = {p.parameter: _squares(parameters[p.parameter].detach(), p.dim) for p in _readers(layers, structures)}
     return _norms(layers, squares)
 
 
 @torch.no_grad()
-def activation_norms(model: nn.Module, layers: list[Layer], probe: Probe) -> Norms:
+def activation_norms(
+    model: nn.Module, layers: list[Layer], probe: Probe, structures: Collection[str] = tuple(STRUCTURES)
+) -> Norms:
     """L2 norm of each unit's activations, the inputs of `o` and `down`, over all tokens but padding. Forward only.
 
     Raises:
@@ -53,7 +57,7 @@ def activation_norms(model: nn.Module, layers: list[Layer], probe: Probe) -> Nor
     squares: dict[str, Tensor] = {}
     handles, mask = [], _Mask()
     modules = dict(model.named_modules())
-    for projection in _readers(layers):
+    for projection in _readers(layers, structures):
         name, _, leaf = projection.parameter.rpartition(".")
         if leaf != "weight":
             raise ValueError(
@@ -72,7 +76,7 @@ def activation_norms(model: nn.Module, layers: list[Layer], probe: Probe) -> Nor
     return _norms(layers, squares)
 
 
-def gradient_norms(model: nn.Module, layers: list[Layer], probe: Probe) -> Norms:
+def gradient_norms(model: nn.Module, layers: list[Layer], probe: Probe, structures: Collection[str] = tuple(STRUCTURES)) -> Norms:
     """Root of the summed squared gradients of each unit's reading weights, the gradient taken example by example.
 
     Example by example makes the result independent of how the set is split into batches. A weight's gradient is reduced
@@ -83,7 +87,7 @@ def gradient_norms(model: nn.Module, layers: list[Layer], probe: Probe) -> Norms
     """
     squares: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
-    chosen = {p.parameter: p.dim for p in _readers(layers)}
+    chosen = {p.parameter: p.dim for p in _readers(layers, structures)}
     handles, kept = [], {name: parameters[name].grad for name in chosen}
     try:
         with quiet(model):
@@ -95,6 +99,8 @@ def gradient_norms(model: nn.Module, layers: list[Layer], probe: Probe) -> Norms
             for batch in _on_device(model, probe):
                 for example in _examples(batch):
                     probe.loss(model, example).backward()
+        if not squares:
+            raise ValueError("probe: every label is -100, so that there is no gradient; check the mask and the length limit")
     finally:
         for handle in handles:
             handle.remove()
@@ -147,9 +153,10 @@ def _squares(weight: Tensor, dim: int) -> Tensor:
     return weight.float().square().sum(others, dtype=torch.float64)
 
 
-def _readers(layers: list[Layer]) -> Iterator[Projection]:
+def _readers(layers: list[Layer], structures: Collection[str]) -> Iterator[Projection]:
+    roles = dict.fromkeys(STRUCTURES[structure][0] for structure in structures)
     for layer in layers:
-        yield from (layer.projections[role] for role in ("o", "down") if role in layer.projections)
+        yield from (layer.projections[role] for role in roles if role in layer.projections)
 
 
 def _norms(layers: list[Layer], squares: Mapping[str, Tensor]) -> Norms:
@@ -196,10 +203,13 @@ def _on_device(model: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, one at a time."""
+    """The rows of a batch, one at a time, without those that have no label to learn from."""
     rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
     for row in range(rows):
-        yield {
+        example = {
             key: value[row : row + 1] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
             for key, value in batch.items()
         }
+        labels = example.get("labels")
+        if not isinstance(labels, Tensor) or bool((labels != _IGNORED).any()):
+            yield example

@@ -61,6 +61,13 @@ class DataBlock(_Block):
         0.01, gt=0, description="training examples a method may look at before training: a count, or a share (8 to 256 examples)"
     )
 
+    @field_validator("calibration")
+    @classmethod
+    def _share(cls, size: int | float) -> int | float:
+        if isinstance(size, float) and size > 1:
+            raise ValueError("a share must be at most 1.0; for a count give a whole number")
+        return size
+
     @model_validator(mode="after")
     def _one_source(self) -> DataBlock:
         if (self.task is None) == (self.train is None):

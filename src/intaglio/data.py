@@ -252,8 +252,6 @@ def _as_chat(row: Row) -> Row:
 
 def _hold_out(rows: list[Row], block: DataBlock) -> tuple[list[Row], list[Row]]:
     """Draw the held-out rows from the training rows."""
-    import random
-
     if len(rows) <= block.test_size:
         raise ValueError(
             f"data: {block.train} has {len(rows)} rows, too few to hold out test_size={block.test_size}; set data.test "

@@ -17,7 +17,7 @@ from .budget import resolve_budget, top_k
 from .probe import Probe
 from .selection import Selection
 
-__all__ = ["Method", "Phase", "ScoredMethod", "State", "matching", "refuse"]
+__all__ = ["Method", "Phase", "ScoredMethod", "State", "matching", "refuse", "refuse_foreign"]
 
 Phase = Literal["start", "forward", "update"]
 State = Mapping[str, Any]  # tensors and JSON values only: it is written into checkpoints
@@ -118,6 +118,20 @@ def matching(model: nn.Module, include: tuple[str, ...]) -> dict[str, nn.Paramet
             shown = ", ".join(list(parameters)[:3])
             raise ValueError(f"include: the pattern {pattern!r} matches no parameter; names look like {shown} …")
     return {name: p for name, p in parameters.items() if any(fnmatch(name, pattern) for pattern in include)}
+
+
+def refuse_foreign(exclude: Selection, model: nn.Module) -> None:
+    """Refuse excluded entries that are not the model's: excluding them would do nothing, unnoticed.
+
+    Raises:
+        ValueError: naming the first parameter that the model lacks or has in another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, entries in exclude.items():
+        found = tuple(parameters[name].shape) if name in parameters else None
+        if found != entries.shape:
+            has = "no such parameter" if found is None else f"shape {list(found)}"
+            raise ValueError(f"exclude: {name} of shape {list(entries.shape)}: the model has {has}; give entries of this model")
 
 
 def refuse(method: str, problems: list[str]) -> None:

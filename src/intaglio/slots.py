@@ -19,7 +19,7 @@ from . import partial_linear
 from .selection import Entries, Selection, Slices, Whole
 from .structure import is_transposed
 
-__all__ = ["Slot", "Slots", "fingerprint"]
+__all__ = ["Slot", "Slots", "fingerprint", "refuse_differing_ranks"]
 
 
 class Slot(nn.Module):
@@ -156,7 +156,10 @@ class Slots(nn.Module):
         """
         for slot in self:
             if fingerprints.get(slot.name) != slot.fingerprint or values[slot.name].shape != slot.values.shape:
-                raise ValueError(f"resume: {slot.name}: the checkpoint has other entries, or another base model")
+                raise ValueError(
+                    f"resume: {slot.name}: the checkpoint has other entries, or another base model, or permute or exclude "
+                    "has changed since"
+                )
         for slot in self:
             slot.values.copy_(values[slot.name])
         self.write()
@@ -180,6 +183,21 @@ class Slots(nn.Module):
                 stacklevel=3,
             )
             self.write()
+
+
+def refuse_differing_ranks(selection: Selection) -> None:
+    """Refuse to go on where the processes of a distributed run chose different entries.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    own = [(name, e.kind, None if isinstance(e, Whole) else fingerprint(e.flat())) for name, e in selection.items()]
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, own)
+    if any(other != own for other in ranks):
+        raise ValueError("the processes of this run chose different entries; give every one the same probe, seed and exclude")
 
 
 def fingerprint(values: Tensor) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .families import FAMILIES, Family, Part
 
-__all__ = ["Layer", "Projection", "describe", "is_transposed"]
+__all__ = ["Layer", "Projection", "describe", "is_transposed", "refuse_shared"]
 
 _READS_UNITS = {"o", "down"}  # these consume heads or channels; the others produce them
 _FFN = {"up", "gate", "down"}
@@ -98,6 +98,18 @@ def describe(model: nn.Module) -> list[Layer]:
         f"Known layouts: {', '.join(family.name for family in FAMILIES)}, or an nn.ModuleList whose layers hold an "
         "up/down pair of nn.Linear. Methods that need no structure (random, full) still work."
     )
+
+
+def refuse_shared(model: nn.Module, layers: list[Layer]) -> None:
+    """Refuse layers that share a weight, whose units cannot be told apart.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    own = dict(model.named_parameters())
+    shared = [p.parameter for layer in layers for p in layer.projections.values() if p.parameter not in own]
+    if shared:
+        raise ValueError(f"{shared[0]} is shared between layers, so that heads and channels of one layer cannot be chosen alone")
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -194,7 +206,8 @@ def _by_family(model: nn.Module, name: str, layer: nn.Module, family: Family) ->
     for role, part in family.parts.items():
         units, width = (channels, 1) if role in _FFN else (heads.units(role), heads.width)
         offset, stride = _place(role, part, heads, channels)
-        projections[role] = _projection(name, found[role], role, units, width, offset, stride)
+        size = sum(channels if r in _FFN else heads.units(r) * heads.width for r in part.order or (role,))
+        projections[role] = _projection(name, found[role], role, units, width, offset, stride, size)
     below = dict(layer.named_parameters())
     followers = {role: tuple(f"{name}.{path}" for path in paths if path in below) for role, paths in family.followers.items()}
     return Layer(name, projections, followers)
@@ -210,10 +223,13 @@ def _place(role: str, part: Part, heads: _Heads, channels: int) -> tuple[int, in
     return sum(channels if r in _FFN else heads.units(r) * heads.width for r in before), width
 
 
-def _projection(layer: str, found: _Found, role: str, units: int, width: int, offset: int, stride: int) -> Projection:
+def _projection(layer: str, found: _Found, role: str, units: int, width: int, offset: int, stride: int, size: int) -> Projection:
     dim, name = found.dim(reads=role in _READS_UNITS), f"{layer}.{found.path}"
-    if offset + (units - 1) * stride + width > found.weight.shape[dim]:
-        raise ValueError(f"{name}: {units} units of {width} at {offset} do not fit its shape {list(found.weight.shape)}")
+    if found.weight.shape[dim] != size:
+        raise ValueError(
+            f"{name}: {units} {role} units of {width} need {size} positions along dimension {dim}, its shape is "
+            f"{list(found.weight.shape)}: a layout not known here (an output gate? experts stored [in, out]?)"
+        )
     return Projection(name, tuple(found.weight.shape), dim, units, width, offset, stride)
 
 
@@ -232,7 +248,7 @@ def _by_shape(name: str, layer: nn.Module) -> Layer | None:
     if len(found) != 1:
         return None
     wide = found[0]["down"].width(reads=True)
-    return Layer(name, {role: _projection(name, weight, role, wide, 1, 0, 1) for role, weight in found[0].items()})
+    return Layer(name, {role: _projection(name, weight, role, wide, 1, 0, 1, wide) for role, weight in found[0].items()})
 
 
 def _ffn_roles(linears: Mapping[str, nn.Linear]) -> dict[str, str]:

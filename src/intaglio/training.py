@@ -64,11 +64,12 @@ def train(
     config = load_config(source, overrides)
     output = _output_folder(config, source, resume=resume, overwrite=overwrite)
     run = _setup(config, output)
-    trainer = _make_trainer(run)  # attaches: the last thing that a mistake of the user can stop
+    checkpoint = _checkpoint(output) if resume else None
+    trainer = _make_trainer(run, checkpoint)  # attaches: the last thing that a mistake of the user can stop
     if overwrite:
         _remove_earlier(output)
     before = _score(run, "before") if config.evaluate is not None and config.evaluate.before else None
-    training = _fit(run, trainer, resume)
+    training = _fit(run, trainer, checkpoint)
     adapter = _save(run, trainer)
     after = _score(run, "after") if config.evaluate is not None else None
     result = _summary(run, training, adapter, before, after)
@@ -98,6 +99,7 @@ def _setup(config: Config, output: Path) -> Run:
 
     arguments = sft_config(config.train, str(output))
     check_available(config.model.name, **config.model.kwargs())
+    _refuse_idle_settings(config)
     exclude = _excluded(config)
     wants_held_out = config.evaluate is not None or str(arguments.eval_strategy.value) != "no"
     examples = load_examples(config.data, hold_out=wants_held_out)
@@ -112,24 +114,34 @@ def _setup(config: Config, output: Path) -> Run:
     return Run(config, output, arguments, examples, tokenizer, model, exclude)
 
 
+def _refuse_idle_settings(config: Config) -> None:
+    """Refuse what the method as set would pass over in silence."""
+    from .methods import build
+
+    name, is_peft = config.method["name"], config.method["name"] in PEFT_METHODS
+    if is_peft and (config.attach.exclude or config.attach.permute):
+        raise ValueError(f"attach: has no effect with method.name={name!r}; drop the block")
+    if "calibration" in config.data.model_fields_set and (is_peft or not build(config.method).needs_probe):
+        raise ValueError(f"data.calibration: has no effect, method.name={name!r} as set looks at no data; drop it")
+
+
 def _excluded(config: Config) -> Selection:
     """What other adapters train, which this run must leave alone."""
     from .delta import Delta
+    from .run_folder import adapter_of
     from .selection import Selection
 
-    block = config.attach
-    if config.method["name"] in PEFT_METHODS and (block.exclude or block.permute):
-        raise ValueError(f"attach: has no effect with method.name={config.method['name']!r}; drop the block")
     excluded = Selection()
-    for folder in block.exclude:
-        excluded = excluded.union(Delta.load(folder).selection)
+    for folder in config.attach.exclude:
+        excluded = excluded.union(Delta.load(adapter_of(Path(folder))[0]).selection)
     return excluded
 
 
-def _make_trainer(run: Run) -> Any:
+def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     """The trainer of a tuner, or of PEFT for its own methods."""
     from tqdm.auto import tqdm
 
+    from .delta import Delta
     from .hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches
     from .methods import build
     from .probe import Batches
@@ -142,11 +154,14 @@ def _make_trainer(run: Run) -> Any:
         run.model = trainer.model
         return trainer
     chosen = build(method)
-    probe = None
-    if chosen.needs_probe:
+    probe = selection = None
+    if chosen.needs_probe and checkpoint is not None:
+        selection = Delta.load(checkpoint).selection  # looking at data again could tip a tie
+    elif chosen.needs_probe:
         batches = calibration_batches(run.model, run.examples.sample(run.config.data.calibration), **common)
         probe = Batches(tqdm(batches, desc="calibrate", leave=False))
-    run.tuner = attach(run.model, chosen, probe=probe, exclude=run.exclude, permute=run.config.attach.permute)
+    options = {"exclude": run.exclude, "permute": run.config.attach.permute, "selection": selection}
+    run.tuner = attach(run.model, chosen, probe=probe, **options)
     return SparseTrainer(run.tuner, **common)
 
 
@@ -157,14 +172,18 @@ def _lora(method: dict[str, Any]) -> Any:
     return LoraConfig(**fields)
 
 
-def _fit(run: Run, trainer: Any, resume: bool) -> dict[str, Any]:
+def _checkpoint(output: Path) -> Path | None:
+    from .hf.trainer import last_checkpoint
+
+    return last_checkpoint(output)
+
+
+def _fit(run: Run, trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
     """Train; return time, memory and the loss log."""
     from .hf.meter import StepMeter
-    from .hf.trainer import last_checkpoint
 
     meter = StepMeter()
     trainer.add_callback(meter)
-    checkpoint = last_checkpoint(run.output) if resume else None
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return {
         "steps": trainer.state.global_step,

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from .delta import Delta
-from .method import Method, State
+from .method import Method, State, refuse_foreign
 from .permute import Layout, co_permute
 from .probe import Probe
 from .selection import Selection
-from .slots import Slots
+from .slots import Slots, refuse_differing_ranks
 
 __all__ = ["Tuner", "attach"]
 
@@ -28,6 +28,7 @@ def attach(
     base: str | None = None,
     partial: bool = True,
     permute: bool = False,
+    selection: Selection | None = None,
 ) -> Tuner:
     """Freeze `model`, let `method` choose what may change, and make just that trainable, in place.
 
@@ -43,6 +44,7 @@ def attach(
             twin: same result, more memory).
         permute: reorder the chosen heads and channels to the front while attached, so that their slices are dense
             (co-permutation). Same result; outputs are checked; undone by `detach` and never visible in a Delta.
+        selection: what `method` chose earlier, for a run that goes on; default: ask it.
 
     Returns:
         The tuner that owns the training state.
@@ -58,9 +60,13 @@ def attach(
     """
     if Slots.REGISTERED_AS in model._modules:
         raise ValueError("this model has a tuner attached already; call its detach() first")
-    selection, state = method.choose({}, model, 0, probe, exclude or Selection())
+    refuse_foreign(exclude or Selection(), model)
+    state: State = {}
+    if selection is None:
+        selection, state = method.choose(state, model, 0, probe, exclude or Selection())
     if not selection:
         raise ValueError(f"{method}: selects nothing in this model")
+    refuse_differing_ranks(selection)
     layout = co_permute(model, selection, probe) if permute else Layout()
     return Tuner(model, method, selection, state, layout, base=base, partial=partial)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..records import Record
 from ..selection import Entries, Selection
-from ..slots import fingerprint
+from ..slots import fingerprint, refuse_differing_ranks
 from . import peft_places
 from .peft_config import TYPE, DeltaConfig, S2FTConfig
 from .peft_guard import check_module, check_parameter, check_tied, check_tokens, refuse_nested, refuse_quantized
@@ -169,6 +169,7 @@ def _choose(model: nn.Module, config: DeltaConfig) -> None:
     refuse_quantized(model)
     parameters = dict(model.named_parameters())
     chosen = config.chosen or config.places(model)
+    refuse_differing_ranks(chosen)
     described = _describe(parameters, chosen)
     if config.chosen and described != config.parameters:
         raise ValueError(

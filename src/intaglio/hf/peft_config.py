@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import __version__
 from ..adapter_folder import FORMAT_VERSION, PEFT_TYPE, WEIGHTS
-from ..method import refuse
+from ..method import refuse, refuse_foreign
 from ..methods import build
 from ..methods.s2ft import S2FT
 from ..probe import Probe
@@ -107,7 +107,7 @@ class DeltaConfig(PeftConfig):
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"{type(self).__name__}: format version {self.format_version!r}; this release reads {FORMAT_VERSION}: "
-                "upgrade intaglio"
+                "use the release that wrote it"
             )
         if not self._is_fixed:
             refuse(type(self).__name__, self._problems())
@@ -146,10 +146,17 @@ class DeltaConfig(PeftConfig):
                 f"method {method.name!r} changes its choice during training, which a PEFT adapter cannot follow; train with "
                 "intaglio.attach, whose saved adapter PEFT loads"
             )
-        if self.target_modules is not None and method.name == S2FT.name:
-            return peft_places.targeted(model, self, S2FT(**{k: v for k, v in method.to_dict().items() if k != "name"}))
-        chosen, _ = method.choose({}, model, 0, self.probe, self.exclude or Selection())
+        chosen, _ = method.choose({}, model, 0, self.probe, self.left_alone(model))
         return peft_places.restrict(chosen, self)
+
+    def left_alone(self, model: nn.Module) -> Selection:
+        """What a method must not choose: `exclude`, and every layer but `layers_to_transform`.
+
+        Raises:
+            ValueError: for another model's entries, or where no layer is left.
+        """
+        refuse_foreign(self.exclude or Selection(), model)
+        return (self.exclude or Selection()).union(peft_places.other_layers(model, self))
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: the keys of an adapter folder's config."""
@@ -230,3 +237,9 @@ class S2FTConfig(DeltaConfig):
             raise ValueError(f"S2FTConfig: method={self.method!r}: give the shares, or use DeltaConfig(method=…)")
         self.method = S2FT(**{f.name: getattr(self, f.name) for f in dataclasses.fields(S2FT)}).to_dict()
         super().__post_init__()
+
+    def places(self, model: nn.Module) -> Selection:
+        if self.target_modules is None:
+            return super().places(model)
+        shares = {key: value for key, value in (self.method or {}).items() if key != "name"}
+        return peft_places.targeted(model, self, S2FT(**shares), self.left_alone(model))

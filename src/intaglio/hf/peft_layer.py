@@ -47,6 +47,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.intaglio_records: dict[str, dict[str, Record]] = {}
         self._path = path
         self._tied: dict[str, tuple[DeltaLayer, str]] = {}  # parameters that another wrapped module owns
+        self._disjoint: set[frozenset[str]] = set()  # adapters seen to replace different entries
         self._unchecked: set[str] = set()  # adapters whose tensors were never held against the base
         self._originals: dict[str, dict[str, Tensor]] = {}  # of merged adapters
         self._disable_adapters, self.merged_adapters = False, []
@@ -82,11 +83,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.intaglio_values[adapter], self.intaglio_indices[adapter] = values, indices
         self.intaglio_records[adapter] = dict(records)
         self._tied.update(tied)
+        self._disjoint.clear()
         if entries.keys() != records.keys():
             self._unchecked.add(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self._disjoint.clear()
         self._unchecked.discard(adapter_name)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -184,7 +187,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if adapter in self._unchecked:
                 self.check_tensors(adapter)
         together = [*also, *adapters]
-        for position, adapter in enumerate(together if len(together) > 1 else []):
+        if len(together) < 2 or frozenset(together) in self._disjoint:
+            return
+        for position, adapter in enumerate(together):
             mine = Selection({name: self._entries(adapter, name) for name in self.intaglio_records[adapter]})
             for other in together[position + 1 :]:
                 theirs = Selection({name: self._entries(other, name) for name in self.intaglio_records[other]})
@@ -193,6 +198,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                         f"{self._path}: adapters {adapter!r} and {other!r} both replace entries of it, so that the result "
                         "would depend on their order; activate one of them, or train the second with exclude="
                     )
+        self._disjoint.add(frozenset(together))
 
     def check_tensors(self, adapter: str) -> None:
         """Refuse loaded tensors that are damaged, missing, or belong to another base.
@@ -273,6 +279,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
 def _check_loaded(layer: DeltaLayer, _: Any) -> None:
     """After `load_state_dict`: hold against the base what has been loaded."""
+    layer._disjoint.clear()
     for adapter in layer.intaglio_records:
         if layer.has_tensors(adapter):
             layer.check_tensors(adapter)

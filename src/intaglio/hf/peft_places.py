@@ -18,13 +18,13 @@ from torch import nn
 from ..families import ROLES
 from ..methods.s2ft import S2FT
 from ..scores import stable_seed
-from ..selection import Entries, Selection, Slices
+from ..selection import Entries, Selection, Slices, Whole
 from ..structure import describe, is_transposed
 
 if TYPE_CHECKING:
     from .peft_config import DeltaConfig
 
-__all__ = ["excluded", "matched", "owner", "restrict", "targeted", "unwrapped"]
+__all__ = ["excluded", "matched", "other_layers", "owner", "restrict", "targeted", "unwrapped"]
 
 
 def owner(parameter: str) -> str:
@@ -86,13 +86,39 @@ def restrict(selection: Selection, config: DeltaConfig) -> Selection:
     return Selection(kept)
 
 
-def targeted(model: nn.Module, config: DeltaConfig, method: S2FT) -> Selection:
+def other_layers(model: nn.Module, config: DeltaConfig) -> Selection:
+    """Every parameter outside `layers_to_transform`; nothing where that is not given.
+
+    Raises:
+        ValueError: where no parameter is inside.
+    """
+    if config.layers_to_transform is None:
+        return Selection()
+    ends = sorted({owner(name).rpartition(".")[2] for name, _ in model.named_parameters()})
+    view = _view(config, ends)
+    view.exclude_modules = view.modules_to_save = None
+    parameters = dict(model.named_parameters())
+    # A path without a dot is in no layer, yet equals its own end, which PEFT takes for a match.
+    inside = {name for name in parameters if "." in owner(name) and check_target_module_exists(view, owner(name))}
+    if not inside:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} and layers_pattern={config.layers_pattern!r} leave nothing"
+        )
+    return Selection({name: Whole(tuple(p.shape)) for name, p in parameters.items() if name not in inside})
+
+
+def targeted(model: nn.Module, config: DeltaConfig, method: S2FT, exclude: Selection) -> Selection:
     """S2FT in explicit modules: its units where they are projections, a share of input columns elsewhere.
 
     Raises:
-        ValueError: for a projection without a share, or a module that is not linear.
+        ValueError: for targets that match nothing, a projection without a share, or a module that is not linear.
     """
     targets = matched(model, config)
+    if not targets:
+        ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        raise ValueError(
+            f"Target modules {config.target_modules} not found in the base model; its linear layers are called {', '.join(ends)}"
+        )
     roles = _roles(model, targets)
     shares = {role: getattr(method, role) if any(role in r for r in roles.values()) else None for role in ROLES}
     for path, own in roles.items():
@@ -102,11 +128,15 @@ def targeted(model: nn.Module, config: DeltaConfig, method: S2FT) -> Selection:
     chosen: dict[str, Entries] = {}
     if roles:
         narrowed = dataclasses.replace(method, **shares)
-        found, _ = narrowed.choose({}, model, 0, config.probe, config.exclude or Selection())
+        untouched = [
+            layer for layer in describe(model) if not any(owner(p.parameter) in roles for p in layer.projections.values())
+        ]
+        others = {p.parameter: Whole(p.shape) for layer in untouched for p in layer.projections.values()}
+        found, _ = narrowed.choose({}, model, 0, config.probe, exclude.union(others))
         chosen.update({name: entries for name, entries in found.items() if owner(name) in roles})
     for path in targets:
         if path not in roles:
-            chosen |= _columns(path, model.get_submodule(path), method, config.exclude or Selection())
+            chosen |= _columns(path, model.get_submodule(path), method, exclude)
     return Selection(chosen)
 
 

@@ -111,6 +111,8 @@ def calibration_batches(model: nn.Module, rows: list[dict[str, Any]], **kwargs: 
         kwargs: SFTTrainer's arguments; its data sets are replaced by `rows`.
     """
     arguments = copy.deepcopy(kwargs["args"])
+    # Every row, and each a row of its own: gradients are taken example by example.
+    arguments.dataloader_drop_last = arguments.packing = arguments.padding_free = False
     replaced = {"args": arguments, "train_dataset": Dataset.from_list(rows), "eval_dataset": None}
     trainer = SFTTrainer(model, **(kwargs | replaced))  # type: ignore[arg-type]  # a PreTrainedModel
     return [dict(batch) for batch in trainer.get_train_dataloader()]

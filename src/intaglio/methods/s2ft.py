@@ -19,7 +19,7 @@ from ..method import Method, State, refuse
 from ..probe import Probe
 from ..scores import stable_seed
 from ..selection import Entries, Selection, Slices
-from ..structure import Layer, describe
+from ..structure import Layer, describe, refuse_shared
 
 __all__ = ["S2FT"]
 
@@ -39,7 +39,8 @@ class S2FT(Method):
 
         ∂L/∂W[:, idx] = (∂L/∂y)ᵀ x[..., idx]
 
-    Each projection has its own share: of a layer's units, an int for units in all layers together, None for frozen.
+    Each projection has its own share: a float of the units that are not excluded, an int for units in all layers together,
+    None for frozen.
 
     Args:
         q: share of the query heads whose rows of the query projection are trained; default None.
@@ -111,6 +112,7 @@ class S2FT(Method):
         self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
     ) -> tuple[Selection, State]:
         layers = describe(model)
+        refuse_shared(model, layers)
         free = {
             (layer.name, structure): self._free_units(layer, structure, exclude)
             for layer in layers
@@ -166,14 +168,14 @@ class S2FT(Method):
 
     def _norms(self, model: nn.Module, layers: list[Layer], probe: Probe | None) -> calibration.Norms:
         if self.select == "weight":
-            return calibration.weight_norms(model, layers)
+            return calibration.weight_norms(model, layers, self._structures)
         if probe is None:
             raise ValueError(f"S2FT(select={self.select!r}) looks at data: give a probe, e.g. probe=Batches([batch, ...])")
         if self.select == "gradient":
-            return calibration.gradient_norms(model, layers, probe)
-        norms = calibration.activation_norms(model, layers, probe)
+            return calibration.gradient_norms(model, layers, probe, self._structures)
+        norms = calibration.activation_norms(model, layers, probe, self._structures)
         if self.select == "product":
-            weights = calibration.weight_norms(model, layers)
+            weights = calibration.weight_norms(model, layers, self._structures)
             return {key: norm * weights[key].cpu() for key, norm in norms.items()}
         return norms
 
