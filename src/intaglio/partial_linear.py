@@ -64,8 +64,9 @@ class _PartialLinear(torch.autograd.Function):
 
 
 def _copy(x: Tensor, index: Tensor, run: tuple[int, int] | None) -> Tensor:
-    """x[..., index] as a tensor of its own; a run of neighbours (start, length) is copied without a gather."""
-    return x.index_select(-1, index) if run is None else x.narrow(-1, *run).clone(memory_format=torch.contiguous_format)
+    """x[..., index] as a matrix of its own, `[tokens, chosen]`; a run of neighbours (start, length) needs no gather."""
+    x_TI = x.flatten(0, -2)  # on a CPU the gather is twice as fast in two dimensions as in three
+    return x_TI.index_select(-1, index) if run is None else x_TI.narrow(-1, *run).clone(memory_format=torch.contiguous_format)
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
