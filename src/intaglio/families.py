@@ -52,6 +52,8 @@ def _attention(path: str, o: str = "o_proj") -> dict[str, Part]:
 # Norms over the concatenated heads (OLMo-2); one that all heads share (Qwen3) has another length and stays.
 _NORMS = {"q": ("self_attn.q_norm.weight",), "k": ("self_attn.k_norm.weight",)}
 
+_ENCODER_OUTPUTS = _separate(o="attention.output.dense", up="intermediate.dense", down="output.dense")
+
 FAMILIES: tuple[Family, ...] = (
     # Llama, Mistral, Qwen2, Qwen3, Gemma, OLMo-2, SmolLM, Granite …
     Family(
@@ -90,10 +92,8 @@ FAMILIES: tuple[Family, ...] = (
             q="attention.self.query",
             k="attention.self.key",
             v="attention.self.value",
-            o="attention.output.dense",
-            up="intermediate.dense",
-            down="output.dense",
-        ),
+        )
+        | _ENCODER_OUTPUTS,
     ),
     Family(
         "deberta_v2",
@@ -101,10 +101,8 @@ FAMILIES: tuple[Family, ...] = (
             q="attention.self.query_proj",
             k="attention.self.key_proj",
             v="attention.self.value_proj",
-            o="attention.output.dense",
-            up="intermediate.dense",
-            down="output.dense",
-        ),
+        )
+        | _ENCODER_OUTPUTS,
         {
             "q": ("attention.self.pos_query_proj.weight", "attention.self.pos_query_proj.bias"),
             "k": ("attention.self.pos_key_proj.weight", "attention.self.pos_key_proj.bias"),
@@ -112,8 +110,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "deberta",
-        _fused("attention.self.in_proj", "heads", "q", "k", "v")
-        | _separate(o="attention.output.dense", up="intermediate.dense", down="output.dense"),
+        _fused("attention.self.in_proj", "heads", "q", "k", "v") | _ENCODER_OUTPUTS,
         {
             "q": ("attention.self.q_bias", "attention.self.pos_q_proj.weight", "attention.self.pos_q_proj.bias"),
             "k": ("attention.self.pos_proj.weight",),
