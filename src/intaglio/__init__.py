@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .delta import Delta as Delta
+    from .methods import ID3 as ID3
     from .methods import S2FT as S2FT
+    from .methods import SNIP as SNIP
     from .methods import Full as Full
     from .methods import PaFi as PaFi
     from .methods import Random as Random
+    from .methods import StaticGradient as StaticGradient
     from .probe import Batches as Batches
     from .selection import Selection as Selection
     from .training import train as train
     from .tuner import Tuner as Tuner
     from .tuner import attach as attach
+    from .updates import Updates as Updates
 
 __version__ = "0.1.0"
 
@@ -29,12 +33,31 @@ _HOME = {
     "Selection": "selection",
     "Batches": "probe",
     "S2FT": "methods",
+    "ID3": "methods",
+    "StaticGradient": "methods",
+    "SNIP": "methods",
     "Random": "methods",
     "PaFi": "methods",
     "Full": "methods",
+    "Updates": "updates",
     "train": "training",
 }
-__all__ = ["S2FT", "Batches", "Delta", "Full", "PaFi", "Random", "Selection", "Tuner", "attach", "train"]
+__all__ = [
+    "ID3",
+    "S2FT",
+    "SNIP",
+    "Batches",
+    "Delta",
+    "Full",
+    "PaFi",
+    "Random",
+    "Selection",
+    "StaticGradient",
+    "Tuner",
+    "Updates",
+    "attach",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

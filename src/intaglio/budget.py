@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import final
 
 import torch
 from torch import Tensor
 
 from .selection import Selection, from_flat
 
-__all__ = ["resolve_budget", "top_k"]
+__all__ = ["TopK", "largest_remainder", "resolve_budget", "top_k"]
 
 
 def resolve_budget(budget: int | float, total: int, *, name: str = "budget", unit: str = "candidates") -> int:
@@ -45,6 +46,20 @@ def resolve_budget(budget: int | float, total: int, *, name: str = "budget", uni
     return resolved
 
 
+def largest_remainder(total: int, weights: Sequence[int]) -> list[int]:
+    """Split `total` in proportion to `weights`; what the floors leave goes to the largest remainders, the first on ties.
+
+    >>> largest_remainder(10, [1, 1, 2])
+    [3, 2, 5]
+    """
+    whole = sum(weights)
+    parts = [total * weight // whole for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), i))
+    for i in by_remainder[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
 @torch.no_grad()
 def top_k(scores: Iterable[tuple[str, Tensor]], k: int) -> Selection:
     """Choose the k highest scores over all tensors, exactly, also under ties.
@@ -65,63 +80,100 @@ def top_k(scores: Iterable[tuple[str, Tensor]], k: int) -> Selection:
     if k < 1:
         raise ValueError(f"k={k}: must be at least 1")
     shapes: dict[str, tuple[int, ...]] = {}
-    best = _Candidates(k)
+    dtype, best = None, TopK(k)
     for rank, (name, score) in enumerate(scores):
         shapes[name] = tuple(score.shape)
         flat = score.reshape(-1).to(torch.promote_types(score.dtype, torch.float32))
-        if flat.dtype != best.dtype and rank:
+        if flat.dtype != (dtype or flat.dtype):
             raise ValueError(f"the scores of {name!r} are {score.dtype}, those before it were not; score in one type")
+        dtype = flat.dtype
         if bool(flat.isnan().any()):
             raise ValueError(f"the score of {name!r} is NaN")
         best.add(rank, flat)
-    owner, offset = best.winners()
+    owner, offset, _ = best.winners()
+    if owner.numel() < k:
+        raise ValueError(f"k={k}: more than the {owner.numel():,} entries scored")
     chosen = {name: offset[owner == rank].sort().values for rank, name in enumerate(shapes)}
     return Selection({name: from_flat(shapes[name], flat) for name, flat in chosen.items() if flat.numel()})
 
 
-class _Candidates:
-    """The k best of all scores added so far, in a buffer of about 3k (more under ties), sorted only when it is full."""
+@final
+class TopK:
+    """The k best of all scores added so far, in a CPU buffer of a few k, sorted only when it is full.
+
+    Total order: score descending, then tensor rank, then offset ascending, whatever order they are added in.
+
+    Attributes:
+        k: how many are wanted.
+        threshold: a score below it cannot be among them any more; −inf until k scores were added.
+    """
+
+    _OFFSET_BITS = 40  # a tensor of up to 2^40 entries; rank and offset share one int64 key
 
     def __init__(self, k: int) -> None:
-        self._k, self._threshold, self._full = k, float("-inf"), False
-        self._score, self._owner, self._offset = (
-            torch.empty(0),
-            torch.empty(0, dtype=torch.int64),
-            torch.empty(0, dtype=torch.int64),
-        )
+        self.k, self.threshold = k, float("-inf")
+        self._scores: list[Tensor] = []
+        self._keys: list[Tensor] = []
+        self._payloads: list[Tensor] = []
+        self._held = 0
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the scores held."""
-        return self._score.dtype
+    def add(self, rank: int, score: Tensor, offset: Tensor | None = None, payload: Tensor | None = None) -> None:
+        """Add scores of one tensor.
 
-    def add(self, rank: int, flat: Tensor) -> None:
-        """Add a tensor's scores; tensors come in order, so a tie with what is held loses."""
-        keep = (flat > self._threshold).nonzero().flatten() if self._full else torch.arange(flat.numel(), device=flat.device)
-        if keep.numel() > self._k:
-            keep = keep[_leading(flat[keep], self._k)]
-        self._score = torch.cat([self._score, flat[keep].cpu()])
-        self._owner = torch.cat([self._owner, torch.full((keep.numel(),), rank)])
-        self._offset = torch.cat([self._offset, keep.cpu()])
-        if self._score.numel() > 2 * self._k:
+        Args:
+            rank: the tensor's place in the total order, from 0.
+            score: `[n]`, without NaN.
+            offset: flat offsets of the scores in the tensor, int64 `[n]`, ascending; default 0 … n − 1.
+            payload: one number to keep with each score, `[n]`; default the score.
+        """
+        keep = _leading(score, self.k, self.threshold)
+        chosen = (keep if offset is None else offset[keep]).cpu()
+        self._scores.append(score[keep].cpu())
+        self._keys.append(chosen + (rank << self._OFFSET_BITS))
+        self._payloads.append((score if payload is None else payload)[keep].cpu())
+        self._held += keep.numel()
+        if self._held > 4 * self.k or (self._held >= self.k and self.threshold == float("-inf")):
             self._prune()
 
-    def winners(self) -> tuple[Tensor, Tensor]:
-        """(tensor rank, flat offset) of the k best."""
-        if self._score.numel() < self._k:
-            raise ValueError(f"k={self._k}: more than the {self._score.numel():,} entries scored")
+    def revise(self, rank: int, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Replace what is held of one tensor: `change(offsets, payloads) → (scores, payloads)`. Returns the offsets."""
+        score, key, payload = self._merged()
+        mine = (key >> self._OFFSET_BITS) == rank
+        offset = key[mine] & ((1 << self._OFFSET_BITS) - 1)
+        score[mine], payload[mine] = change(offset, payload[mine])
+        return offset
+
+    def winners(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(tensor ranks, flat offsets, payloads) of the k best, best first; of all, where there are fewer."""
         self._prune()
-        return self._owner, self._offset
+        key, payload = self._keys[0][: k or self.k], self._payloads[0][: k or self.k]
+        return key >> self._OFFSET_BITS, key & ((1 << self._OFFSET_BITS) - 1), payload
+
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        empty = torch.empty(0)
+        score, payload = torch.cat(self._scores or [empty]), torch.cat(self._payloads or [empty])
+        key = torch.cat(self._keys or [empty.long()])
+        self._scores, self._keys, self._payloads = [score], [key], [payload]
+        return score, key, payload
 
     def _prune(self) -> None:
-        # Stable, and what is held stands before what came later: ties keep tensor order, then offset order.
-        order = torch.sort(self._score, descending=True, stable=True).indices[: self._k]
-        self._score, self._owner, self._offset = self._score[order], self._owner[order], self._offset[order]
-        self._full, self._threshold = True, self._score[-1].item()
+        score, key, payload = self._merged()
+        order = key.argsort()
+        order = order[score[order].sort(descending=True, stable=True).indices][: self.k]
+        self._scores, self._keys, self._payloads = [score[order]], [key[order]], [payload[order]]
+        self._held = order.numel()
+        if self._held == self.k:
+            self.threshold = self._scores[0][-1].item()
 
 
-def _leading(flat: Tensor, k: int) -> Tensor:
-    """Offsets, ascending, of all entries that can be among the k best of one tensor (ties at the k-th included)."""
-    if flat.numel() <= k:
-        return torch.arange(flat.numel(), device=flat.device)
-    return (flat >= torch.topk(flat, k).values[-1]).nonzero().flatten()
+def _leading(score: Tensor, k: int, threshold: float) -> Tensor:
+    """Offsets, ascending, of the k best of one tensor's scores that reach the threshold; of ties the first."""
+    if threshold > float("-inf"):
+        keep = (score >= threshold).nonzero().flatten()
+        return keep if keep.numel() <= k else keep[_leading(score[keep], k, float("-inf"))]
+    if score.numel() <= k:
+        return torch.arange(score.numel(), device=score.device)
+    least = torch.topk(score, k).values[-1]
+    above = (score > least).nonzero().flatten()
+    tied = (score == least).nonzero().flatten()[: k - above.numel()]
+    return torch.cat([above, tied]).sort().values

@@ -17,7 +17,17 @@ from .budget import resolve_budget, top_k
 from .probe import Probe
 from .selection import Selection
 
-__all__ = ["Method", "Phase", "ScoredMethod", "State", "matching", "refuse", "refuse_foreign"]
+__all__ = [
+    "Method",
+    "Phase",
+    "ScoredMethod",
+    "State",
+    "budget_problems",
+    "matching",
+    "pattern_problems",
+    "refuse",
+    "refuse_foreign",
+]
 
 Phase = Literal["start", "forward", "update"]
 State = Mapping[str, Any]  # tensors and JSON values only: it is written into checkpoints
@@ -70,16 +80,10 @@ class ScoredMethod(Method):
 
     budget: int | float
     include: tuple[str, ...]
+    exclude: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        problems = []
-        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)):
-            problems.append(f"budget={self.budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)")
-        elif self.budget <= 0 or (isinstance(self.budget, float) and not self.budget <= 1):
-            problems.append(f"budget={self.budget}: a count must be at least 1, a share above 0 and at most 1.0")
-        if isinstance(self.include, str):
-            problems.append(f"include={self.include!r}: give a tuple of patterns, ({self.include!r},)")
-        refuse(type(self).__name__, problems)
+        refuse(type(self).__name__, budget_problems(self.budget) + pattern_problems(include=self.include, exclude=self.exclude))
 
     @abstractmethod
     def score(self, name: str, weight: Tensor) -> Tensor:
@@ -106,18 +110,20 @@ class ScoredMethod(Method):
             yield name, score
 
 
-def matching(model: nn.Module, include: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Floating-point parameters whose name matches any of the shell patterns `include`, tied weights once.
+def matching(model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
+    """Floating-point parameters whose name matches any of `include` and none of `exclude` (shell patterns), tied ones once.
 
     Raises:
         ValueError: where a pattern matches nothing; the message shows names that exist.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    for pattern in include:
-        if not any(fnmatch(name, pattern) for name in parameters):
-            shown = ", ".join(list(parameters)[:3])
-            raise ValueError(f"include: the pattern {pattern!r} matches no parameter; names look like {shown} …")
-    return {name: p for name, p in parameters.items() if any(fnmatch(name, pattern) for pattern in include)}
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in parameters):
+                shown = ", ".join(list(parameters)[:3])
+                raise ValueError(f"{key}: the pattern {pattern!r} matches no parameter; names look like {shown} …")
+    included = {name: p for name, p in parameters.items() if any(fnmatch(name, pattern) for pattern in include)}
+    return {name: p for name, p in included.items() if not any(fnmatch(name, pattern) for pattern in exclude)}
 
 
 def refuse_foreign(exclude: Selection, model: nn.Module) -> None:
@@ -132,6 +138,20 @@ def refuse_foreign(exclude: Selection, model: nn.Module) -> None:
         if found != entries.shape:
             has = "no such parameter" if found is None else f"shape {list(found)}"
             raise ValueError(f"exclude: {name} of shape {list(entries.shape)}: the model has {has}; give entries of this model")
+
+
+def budget_problems(budget: object) -> list[str]:
+    """What is wrong with a budget of entries before the model is known."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        return [f"budget={budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)"]
+    if not budget > 0 or (isinstance(budget, float) and not budget <= 1):
+        return [f"budget={budget}: a count must be at least 1, a share above 0 and at most 1.0"]
+    return []
+
+
+def pattern_problems(**fields: object) -> list[str]:
+    """What is wrong with fields of shell patterns before the model is known."""
+    return [f"{key}={value!r}: give a tuple of patterns, ({value!r},)" for key, value in fields.items() if isinstance(value, str)]
 
 
 def refuse(method: str, problems: list[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-__all__ = ["Schedule", "constant", "cubic", "granted", "linear"]
+__all__ = ["SCHEDULES", "Schedule", "constant", "cubic", "front_loaded", "granted", "linear", "ramp"]
 
 Schedule = Callable[[int], Fraction]
 
@@ -44,9 +44,27 @@ def cubic(steps: int, until: float = 1.0) -> Schedule:
     return lambda step: 1 - (1 - ramp(step)) ** 3
 
 
+def ramp(steps: int, until: float = 1.0) -> Schedule:
+    """Grow slowly, then ever faster, each grant larger than the one before by the same amount: (t / (until · steps))².
+
+    Args and errors as `linear`.
+    """
+    even = linear(steps, until)
+    return lambda step: even(step) ** 2
+
+
 def granted(schedule: Schedule, budget: int, step: int) -> int:
     """Entries granted in all after `step` updates: floor(budget × share), exact."""
     return int(budget * schedule(step))
+
+
+def front_loaded(budget: int, steps: int, step: int) -> int:
+    """Entries granted in all after `step` updates where the first `budget mod steps` updates get one more than the rest."""
+    t = min(max(step, 0), steps)
+    return budget // steps * t + min(t, budget % steps)
+
+
+SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {"linear": linear, "ramp": ramp, "cubic": cubic}
 
 
 def _end(steps: int, until: float) -> Fraction:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -19,46 +20,100 @@ from . import partial_linear
 from .selection import Entries, Selection, Slices, Whole
 from .structure import is_transposed
 
-__all__ = ["Slot", "Slots", "fingerprint", "refuse_differing_ranks"]
+__all__ = ["FixedSlot", "Slot", "Slots", "fingerprint", "refuse_differing_ranks"]
 
 
-class Slot(nn.Module):
+class Slot(nn.Module, ABC):
     """The trainable values of one parameter.
 
     Attributes:
+        name: of the parameter.
         base_dtype: type of the base weight at attach.
-        values: parameter of shape `entries.values_shape`, at least fp32. A whole parameter of at least fp32 is its
-            own slot and costs nothing extra.
         target: the live base weight.
-        fingerprint: of the base values at the chosen entries, taken before training.
+        values: the compact trainable values, at least fp32.
         is_alias: whether `values` is the weight itself.
         is_gathered: whether the gradient is gathered from the dense one, outside the autograd graph.
     """
 
-    def __init__(self, name: str, target: nn.Parameter, entries: Entries) -> None:
+    is_alias = is_gathered = False
+
+    def __init__(self, name: str, target: nn.Parameter, values: nn.Parameter) -> None:
         super().__init__()
-        self.name, self.base_dtype = name, target.dtype
-        self.entries = entries.to(target.device)
+        self.name, self.base_dtype, self.values = name, target.dtype, values
         self._target = (target,)  # in a tuple, so that it is not registered a second time
-        dtype = torch.promote_types(target.dtype, torch.float32)
-        self.is_alias = isinstance(entries, Whole) and dtype == target.dtype
-        base = self.entries.gather(target)
-        self.fingerprint = fingerprint(base)
-        self.values = target if self.is_alias else nn.Parameter(base.to(dtype))
-        self.is_gathered = False
         self._remove: Callable[[], None] = lambda: None
 
     @property
     def target(self) -> nn.Parameter:
         return self._target[0]
 
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str | None:
+        """Of the base values at the chosen entries, taken before training; None where none is chosen yet."""
+
+    @abstractmethod
     def write(self) -> None:
         """Write the values into the base weight."""
+
+    @abstractmethod
+    def is_stale(self) -> bool:
+        """Whether the base weight differs from the values, rounded to its type."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs, by kind: copies."""
+
+    @abstractmethod
+    def check(self, state: Mapping[str, Tensor], fingerprint: str | None) -> None:
+        """Refuse a state that is not this slot's.
+
+        Raises:
+            ValueError: where it belongs to other entries or another base.
+        """
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state that `check` has passed."""
+
+    def disconnect(self) -> None:
+        """Let no more gradients reach `values`; the weight keeps its present values."""
+        self._remove()
+        self.target.requires_grad_(False)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write nothing: the base weight already holds the values, so `model.state_dict()` stays an ordinary one."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Read nothing, for the same reason."""
+
+
+@final
+class FixedSlot(Slot):
+    """Values of entries that were chosen before training.
+
+    Attributes:
+        entries: the chosen entries, on the weight's device.
+        values: of shape `entries.values_shape`. A whole parameter of at least fp32 is its own slot and costs nothing extra.
+    """
+
+    def __init__(self, name: str, target: nn.Parameter, entries: Entries) -> None:
+        placed = entries.to(target.device)
+        dtype = torch.promote_types(target.dtype, torch.float32)
+        is_alias = isinstance(entries, Whole) and dtype == target.dtype
+        base = placed.gather(target)
+        super().__init__(name, target, target if is_alias else nn.Parameter(base.to(dtype)))
+        self.entries, self.is_alias, self._fingerprint = placed, is_alias, fingerprint(base)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def write(self) -> None:
         if not self.is_alias:
             self.entries.scatter_(self.target, self.values.detach())
 
     def is_stale(self) -> bool:
-        """Whether the base weight differs from the values, rounded to its type."""
         return not self.is_alias and not torch.equal(self.entries.gather(self.target), self.values.detach().to(self.target))
 
     def connect(self, module: nn.Module | None, *, partial: bool) -> None:
@@ -73,10 +128,19 @@ class Slot(nn.Module):
             self.target.requires_grad_(True)
             self._remove = self.target.register_post_accumulate_grad_hook(self._gather_gradient).remove
 
-    def disconnect(self) -> None:
-        """Undo `connect`; the weight keeps its present values."""
-        self._remove()
-        self.target.requires_grad_(False)
+    def state(self) -> dict[str, Tensor]:
+        return {"values": self.values.detach().clone()}
+
+    def check(self, state: Mapping[str, Tensor], fingerprint: str | None) -> None:
+        if fingerprint != self.fingerprint or "values" not in state or state["values"].shape != self.values.shape:
+            raise ValueError(
+                f"resume: {self.name}: the checkpoint has other entries, or another base model, or permute or exclude "
+                "has changed since"
+            )
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.values.copy_(state["values"])
 
     def _gather_gradient(self, target: Tensor) -> None:
         """Keep the chosen entries of the dense gradient and free it at once."""
@@ -85,7 +149,7 @@ class Slot(nn.Module):
         self.values.grad = chosen if self.values.grad is None else self.values.grad.add_(chosen)
         target.grad = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedSlot:
         """Follow the model to another device, never to a narrower type: `model.bfloat16()` leaves slots in fp32."""
         if not self.is_alias:
             device = fn(torch.empty(0, device=self.values.device)).device
@@ -94,13 +158,8 @@ class Slot(nn.Module):
             self.entries = self.entries.to(device)
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write nothing: the base weight already holds the values, so `model.state_dict()` stays an ordinary one."""
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Read nothing, for the same reason."""
-
-
+@final
 class Slots(nn.Module):
     """All slots of a model, registered on it so that clipping, counting and sharding see their parameters.
 
@@ -116,9 +175,13 @@ class Slots(nn.Module):
         _check(parameters, selection)
         owners = _linear_owners(model) if partial else {}
         for name, entries in selection.items():
-            slot = Slot(name, parameters[name], entries)
-            self.add_module(name.replace(".", "/"), slot)
+            slot = FixedSlot(name, parameters[name], entries)
+            self.register(slot)
             slot.connect(owners.get(name), partial=isinstance(entries, Slices))
+
+    def register(self, slot: Slot) -> None:
+        """Add one more slot."""
+        self.add_module(slot.name.replace(".", "/"), slot)
 
     def __iter__(self) -> Iterator[Slot]:
         for slot in self.children():
@@ -139,29 +202,28 @@ class Slots(nn.Module):
         for slot in self:
             slot.write()
 
-    def values(self) -> dict[str, Tensor]:
-        """Name → a copy of the values, in full precision."""
-        return {slot.name: slot.values.detach().clone() for slot in self}
+    def state(self) -> dict[str, Tensor]:
+        """`KIND/NAME` → tensor: what a resumed run needs of every slot, in full precision."""
+        return {f"{kind}/{slot.name}": tensor for slot in self for kind, tensor in slot.state().items()}
 
     def fingerprints(self) -> dict[str, str]:
         """Name → fingerprint of the base values."""
-        return {slot.name: slot.fingerprint for slot in self}
+        return {slot.name: found for slot in self if (found := slot.fingerprint) is not None}
 
-    @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor], fingerprints: Mapping[str, str]) -> None:
-        """Take over values saved earlier, and write them.
+    def load(self, tensors: Mapping[str, Tensor], fingerprints: Mapping[str, str]) -> None:
+        """Take over what `state` gave, and write it into the weights.
 
         Raises:
-            ValueError: where they belong to other entries or another base; nothing is changed then.
+            ValueError: where it belongs to other entries or another base; nothing is changed then.
         """
+        states: dict[str, dict[str, Tensor]] = {slot.name: {} for slot in self}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            states.setdefault(name, {})[kind] = tensor
         for slot in self:
-            if fingerprints.get(slot.name) != slot.fingerprint or values[slot.name].shape != slot.values.shape:
-                raise ValueError(
-                    f"resume: {slot.name}: the checkpoint has other entries, or another base model, or permute or exclude "
-                    "has changed since"
-                )
+            slot.check(states[slot.name], fingerprints.get(slot.name))
         for slot in self:
-            slot.values.copy_(values[slot.name])
+            slot.load(states[slot.name])
         self.write()
 
     def settle(self) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import adapters
 from .delta import Delta
 from .method import Method, State, refuse_foreign
 from .permute import Layout, co_permute
 from .probe import Probe
-from .selection import Selection
+from .selection import Selection, Whole
 from .slots import Slots, refuse_differing_ranks
+from .streaming import Unmasking
+from .update_method import UpdateMethod
+from .updates import Updates
 
 __all__ = ["Tuner", "attach"]
 
@@ -29,6 +33,7 @@ def attach(
     partial: bool = True,
     permute: bool = False,
     selection: Selection | None = None,
+    updates: Updates | None = None,
 ) -> Tuner:
     """Freeze `model`, let `method` choose what may change, and make just that trainable, in place.
 
@@ -45,6 +50,11 @@ def attach(
         permute: reorder the chosen heads and channels to the front while attached, so that their slices are dense
             (co-permutation). Same result; outputs are checked; undone by `detach` and never visible in a Delta.
         selection: what `method` chose earlier, for a run that goes on; default: ask it.
+        updates: for a method that chooses at every update, how gradients add up, are clipped and corrected; default
+            `Updates()`.
+
+    Parameters that are frozen (`requires_grad` False) while others are not stay frozen: on a PEFT model, the method
+    chooses among the adapter's tensors.
 
     Returns:
         The tuner that owns the training state.
@@ -61,9 +71,17 @@ def attach(
     if Slots.REGISTERED_AS in model._modules:
         raise ValueError("this model has a tuner attached already; call its detach() first")
     refuse_foreign(exclude or Selection(), model)
+    exclude = (exclude or Selection()).union(_frozen(model))
+    if method.phase == "update":
+        if permute or selection is not None:
+            raise ValueError(f"permute, selection: no effect with {method.name!r}, which chooses single entries as it trains")
+        unmasking = Unmasking(model, cast(UpdateMethod, method), exclude, updates or Updates())
+        return Tuner(model, method, unmasking.whole, {}, Layout(), base=base, partial=partial, unmasking=unmasking)
+    if updates is not None:
+        raise ValueError(f"updates={updates}: no effect with {method.name!r}, which chooses before training; leave it out")
     state: State = {}
     if selection is None:
-        selection, state = method.choose(state, model, 0, probe, exclude or Selection())
+        selection, state = method.choose(state, model, 0, probe, exclude)
     if not selection:
         raise ValueError(f"{method}: selects nothing in this model")
     refuse_differing_ranks(selection)
@@ -77,10 +95,9 @@ class Tuner:
 
     Attributes:
         model: the model, with the slots registered on it.
-        method: the method that chose.
-        selection: what may change, in the base's coordinates.
-        layout: where those lie now, if the model was permuted.
+        layout: where the chosen entries lie now, if the model was permuted.
         slots: the compact trainable values.
+        unmasking: what chooses while training, where the method does.
         step: optimizer updates made so far.
     """
 
@@ -94,18 +111,35 @@ class Tuner:
         *,
         base: str | None,
         partial: bool,
+        unmasking: Unmasking | None = None,
     ) -> None:
-        self.model, self.method, self.selection, self.layout, self.step = model, method, selection, layout, 0
-        self._state, self._base = state, base if base is not None else _base_name(model)
+        self.model, self.layout, self.unmasking, self.step = model, layout, unmasking, 0
+        self._method, self._fixed, self._state = method, selection, state
+        self._base = base if base is not None else _base_name(model)
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         try:
             self.slots = Slots(model, layout.entries(selection), partial=partial)
+            if unmasking is not None:
+                unmasking.connect(self.slots)
         except BaseException:
             layout.revert_(model)
             self._restore_requires_grad()
             raise
         model.add_module(Slots.REGISTERED_AS, self.slots)
+
+    @property
+    def method(self) -> Method:
+        """The method that chooses, with the length of the run once that is known."""
+        return self._method if self.unmasking is None else self.unmasking.method
+
+    @property
+    def selection(self) -> Selection:
+        """What may change, in the base's coordinates; so far, where the method chooses while training."""
+        if self.unmasking is None:
+            return self._fixed
+        both = self._fixed.union(self.unmasking.selection)
+        return Selection({name: both[name] for name, _ in self.model.named_parameters() if name in both})
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable values, one compact tensor per selected parameter, in selection order."""
@@ -125,8 +159,29 @@ class Tuner:
             raise ValueError(
                 "optimizer LBFGS: evaluates the model inside a step, where the weights are not yet written; use another"
             )
+        if self.unmasking is not None:
+            self.unmasking.watch(optimizer)
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         return optimizer
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradient of this update so that its norm is at most `max_norm`; call it between backward and step.
+
+        `torch.nn.utils.clip_grad_norm_(model.parameters(), …)` does the same, but for `Updates(clip="dense")` and
+        `Updates(accumulation="exact")`, where it cannot see what is compared or scaled here.
+
+        Returns:
+            The norm before.
+        """
+        parameters = self.parameters()
+        if self.unmasking is not None:
+            self.unmasking.collect()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.unmasking is not None and self.unmasking.updates.clip == "dense":
+            norm = self.unmasking.norm().to(norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     def delta(self) -> Delta:
         """The trained values as an artefact, in the base's type.
@@ -140,13 +195,17 @@ class Tuner:
         return Delta(self.selection, values, fingerprints, self.method.to_dict(), self._base, self._weights())
 
     def save(self, directory: str | Path) -> Path:
-        """Save the adapter folder: `delta().save(directory)`."""
+        """Save the adapter folder: `delta().save(directory)`; of a PEFT model, its own complete adapter folder."""
+        if adapters.is_peft(self.model):
+            self.slots.settle()
+            return adapters.save(self.model, directory)
         return self.delta().save(directory)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the optimizer: values in full precision, step, and the method's state."""
         state = {"method": self.method.to_dict(), "step": self.step, "state": dict(self._state)}
-        return state | {"values": self.slots.values(), "fingerprints": self.slots.fingerprints()}
+        run = None if self.unmasking is None else self.unmasking.conditions()
+        return state | {"unmasking": run, "slots": self.slots.state(), "fingerprints": self.slots.fingerprints()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -154,10 +213,14 @@ class Tuner:
         Raises:
             ValueError: where it comes from another method, other entries or another base; nothing is changed then.
         """
-        if state["method"] != self.method.to_dict():
+        if self.unmasking is not None:
+            self.unmasking.check(state["method"], state["unmasking"])
+        elif state["method"] != self.method.to_dict():
             raise ValueError(f"resume: the checkpoint's method is {state['method']}, this run's {self.method.to_dict()}")
-        self.slots.load(state["values"], state["fingerprints"])
+        self.slots.load(state["slots"], state["fingerprints"])
         self.step, self._state = int(state["step"]), dict(state["state"])
+        if self.unmasking is not None:
+            self.unmasking.resume(self.step, state["method"])
 
     def detach(self) -> nn.Module:
         """Take everything of ours off the model and return it, an ordinary model with the tuned weights.
@@ -187,6 +250,14 @@ class Tuner:
     def _restore_requires_grad(self) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required.get(name, False))
+
+
+def _frozen(model: nn.Module) -> Selection:
+    """The parameters that its user froze; none where all are frozen, as in a model loaded for inference."""
+    parameters = dict(model.named_parameters())
+    if not any(p.requires_grad for p in parameters.values()):
+        return Selection()
+    return Selection({name: Whole(tuple(p.shape)) for name, p in parameters.items() if not p.requires_grad})
 
 
 def _base_name(model: nn.Module) -> str | None:

@@ -121,7 +121,7 @@ def calibration_batches(model: nn.Module, rows: list[dict[str, Any]], **kwargs: 
 def save_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
     """Write `tuner.state_dict()` as `tuner_state.safetensors`: tensors as such, everything else as JSON."""
     state = tuner.state_dict()
-    tensors = {f"values/{name}": tensor.cpu().contiguous() for name, tensor in state.pop("values").items()}
+    tensors = {f"slots/{key}": tensor.cpu().contiguous() for key, tensor in state.pop("slots").items()}
     method_state = state.pop("state")
     tensors |= {f"state/{key}": value.cpu() for key, value in method_state.items() if isinstance(value, torch.Tensor)}
     state["state"] = {key: value for key, value in method_state.items() if not isinstance(value, torch.Tensor)}
@@ -143,7 +143,7 @@ def load_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
     except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
-    state["values"] = {key.removeprefix("values/"): t for key, t in tensors.items() if key.startswith("values/")}
+    state["slots"] = {key.removeprefix("slots/"): t for key, t in tensors.items() if key.startswith("slots/")}
     state["state"] |= {key.removeprefix("state/"): t for key, t in tensors.items() if key.startswith("state/")}
     tuner.load_state_dict(state)
 

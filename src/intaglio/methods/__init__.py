@@ -10,13 +10,15 @@ from typing import Any
 
 from ..method import Method
 from .full import Full
+from .id3 import ID3
 from .magnitude import PaFi
 from .random import Random
 from .s2ft import S2FT
+from .salience import SNIP, StaticGradient
 
-__all__ = ["METHODS", "S2FT", "Full", "PaFi", "Random", "build", "nearest"]
+__all__ = ["ID3", "METHODS", "S2FT", "SNIP", "Full", "PaFi", "Random", "StaticGradient", "build", "nearest"]
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (S2FT, Random, PaFi, Full)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (S2FT, ID3, StaticGradient, SNIP, Random, PaFi, Full)}
 
 
 def build(config: Mapping[str, Any]) -> Method:

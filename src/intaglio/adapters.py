@@ -1,0 +1,47 @@
+"""What a PEFT model looks like; the only place below `hf/` that knows. PEFT is imported only where a model uses it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+__all__ = ["is_peft", "is_quantized", "save"]
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether `model` is a `PeftModel`."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer holds its weight in packed or integer form."""
+    packed = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))
+    return packed or any(not p.is_floating_point() for p in module.parameters(recurse=False))
+
+
+def save(model: Any, directory: str | os.PathLike[str]) -> Path:
+    """Write a PeftModel's own adapter folder, complete; each file appears by one rename.
+
+    Returns:
+        The folder.
+    """
+    target = Path(directory).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        model.save_pretrained(str(temporary))
+        target.mkdir(exist_ok=True)
+        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            place = target / path.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target

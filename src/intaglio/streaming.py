@@ -1,0 +1,381 @@
+"""Step-by-step unmasking in the memory of inference: gradients are scored as backward forms them, and freed at once.
+
+A hook on each parameter keeps the gradient of its chosen entries, scores the others in chunks, keeps the best so far of
+all tensors (`TopK`: score, place, gradient), and frees the gradient. When backward ends, the winners join the slots. So
+memory is one tensor's gradient, one chunk and O(budget). The result is bit for bit that of `UpdateMethod.choose` on whole
+gradients, whatever the order of hooks and the size of chunks (ID3, arXiv 2408.14470, computes dense scores and masks).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import adapters
+from .budget import TopK
+from .growing import GrowingSlot
+from .selection import Selection, Whole
+from .slots import Slots
+from .update_method import UpdateMethod
+from .updates import Updates, correct_ages, follow, refuse_optimizer
+
+__all__ = ["Unmasking", "scan"]
+
+CHUNK, BLOCK = 1 << 20, 1 << 10  # entries scored at a time; entries whose largest gradient is looked at first
+
+
+def scan(gradient: Tensor, weight: Tensor, method: UpdateMethod, best: TopK, rank: int, barred: list[Tensor]) -> bool:
+    """Add one tensor's entries to the best so far; False, and nothing added, where a gradient is not finite.
+
+    Args:
+        gradient: flat, `[n]`; barred entries are set to 0.
+        weight: flat, `[n]`.
+        method: scores them.
+        best: what is kept.
+        rank: the tensor's place in the total order.
+        barred: flat offsets that must not be chosen.
+    """
+    for offset in barred:
+        gradient[offset] = 0
+    peaks = _peaks(gradient)
+    if not bool(peaks.isfinite().all()):
+        return False
+    for start in range(0, gradient.numel(), CHUNK):
+        g, w = gradient[start : start + CHUNK], weight[start : start + CHUNK]
+        least = method.reach(best.threshold)
+        if least > 0:
+            at = _reaching(g, peaks[start // BLOCK : (start + CHUNK) // BLOCK], least)
+            best.add(rank, method.score(w[at], g[at]), at + start, g[at])
+            continue
+        score = method.score(w, g)
+        if best.threshold <= 0:  # else their score of 0 bars them
+            for offset in barred:
+                score[offset[(offset >= start) & (offset < start + g.numel())] - start] = float("-inf")
+        at = (score >= best.threshold).nonzero().flatten() if best.threshold > float("-inf") else (score >= 0).nonzero().flatten()
+        best.add(rank, score[at], at + start, g[at])
+    return True
+
+
+def _peaks(gradient: Tensor) -> Tensor:
+    """The largest |gradient| of each block, the last of which may be short; not finite where any of a block is not."""
+    whole = gradient.numel() // BLOCK * BLOCK
+    peaks = torch.linalg.vector_norm(gradient[:whole].view(-1, BLOCK), float("inf"), dim=1)
+    return peaks if whole == gradient.numel() else torch.cat([peaks, gradient[whole:].abs().max()[None]])
+
+
+def _reaching(gradient: Tensor, peaks: Tensor, least: float) -> Tensor:
+    """Offsets, ascending, where |gradient| ≥ least; only blocks whose peak reaches it are looked at."""
+    rows = (peaks >= least).nonzero().flatten()
+    at = (rows[:, None] * BLOCK + torch.arange(BLOCK, device=rows.device)).flatten()
+    at = at[at < gradient.numel()]
+    return at[gradient[at].abs() >= least]
+
+
+def refuse_unscorable(model: nn.Module) -> None:
+    """Refuse weights that have no dense gradient of their own.
+
+    Raises:
+        ValueError: naming the first quantized or sharded weight.
+    """
+    for name, parameter in model.named_parameters():
+        kind = type(parameter.data).__name__ if is_traceable_wrapper_subclass(parameter) else type(parameter).__name__
+        if kind in ("DTensor", "FlatParameter"):
+            raise ValueError(
+                f"{name}: sharded over processes ({kind}); entries are chosen by whole gradients: use one process, or plain data "
+                "parallelism"
+            )
+        if parameter.requires_grad and (is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point()):
+            raise ValueError(f"{name}: quantized ({kind}, {parameter.dtype}); {_UNQUANTIZED}")
+    if not adapters.is_peft(model):
+        for name, module in model.named_modules():
+            if adapters.is_quantized(module):
+                raise ValueError(f"{name}: quantized ({type(module).__name__}); {_UNQUANTIZED}")
+
+
+_UNQUANTIZED = "single entries need a floating-point base: load it without quantization, or put LoRA on it and attach to that"
+
+
+@final
+class Unmasking:
+    """Applies an update method to a model's gradients.
+
+    Args:
+        model: the model; its parameters get hooks, and `requires_grad` where they are candidates.
+        method: what to choose.
+        exclude: entries that must not be chosen.
+        updates: how updates are made.
+
+    Attributes:
+        method: with the length of the run, once that is known.
+        updates: as given.
+        step: updates made so far.
+        whole: what is trained whole from the start, outside the budget.
+        slots: candidate → its chosen entries.
+        budgets: entries that will be chosen, per pool.
+
+    Raises:
+        ValueError: for a budget outside the candidates, or a model whose weights cannot be scored.
+    """
+
+    def __init__(self, model: nn.Module, method: UpdateMethod, exclude: Selection, updates: Updates) -> None:
+        refuse_unscorable(model)
+        self.method, self.updates, self.step = method, updates, 0
+        self.whole = Selection({name: Whole(tuple(p.shape)) for name, p in method.always(model).items()}).difference(exclude)
+        candidates = method.candidates(model)
+        parameters = {name: p for name, p in model.named_parameters() if name in candidates}
+        free = {name: p.numel() - (exclude[name].count if name in exclude else 0) for name, p in parameters.items()}
+        self._pools = [_Pool(list(pool.free), pool.budget) for pool in method.budgets({n: c for n, c in free.items() if c})]
+        self.budgets = [pool.budget for pool in self._pools]
+        self._member = {name: pool for pool in self._pools for name in pool.names}
+        self.slots: dict[str, GrowingSlot] = {}
+        for name in (name for name in parameters if name in self._member):
+            barred = exclude[name].flat() if name in exclude else None
+            self.slots[name] = GrowingSlot(name, parameters[name], barred, from_start=updates.decay == "start")
+        self._seen: set[str] = set()
+        self._queued = self._damaged = False
+        self._square = torch.zeros((), dtype=torch.float64)
+        self._before: dict[str, Tensor] = {}
+
+    @property
+    def chosen(self) -> int:
+        """Entries that are trained now."""
+        return sum(slot.index.numel() for slot in self.slots.values())
+
+    @property
+    def selection(self) -> Selection:
+        """All entries that were ever trained, but those of `whole`."""
+        entries = {name: slot.entries for name, slot in self.slots.items()}
+        return Selection({name: e for name, e in entries.items() if e is not None})
+
+    def connect(self, slots: Slots) -> None:
+        """Add the candidates' slots to a model's, and see their gradients from now on."""
+        for rank, slot in enumerate(self.slots.values()):
+            slots.register(slot)
+            slot.connect(partial(self._receive, rank, slot))
+
+    def set_steps(self, steps: int) -> None:
+        """Say how many updates the run makes.
+
+        Raises:
+            ValueError: where the method says otherwise.
+        """
+        self.method = self.method.with_steps(steps)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Join the winners before each of the optimizer's steps, and count it after.
+
+        Raises:
+            ValueError: for an optimizer that cannot be used, or where the length of the run is not known.
+        """
+        refuse_optimizer(optimizer, self.slots.values(), self.updates)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def conditions(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one, as JSON values."""
+        candidates = [(name, list(slot.target.shape), _count(slot.excluded)) for name, slot in self.slots.items()]
+        digest = hashlib.sha256(json.dumps(candidates).encode()).hexdigest()[:16]
+        return {"candidates": digest, "budgets": self.budgets, "updates": vars(self.updates)}
+
+    def check(self, method: Mapping[str, Any], conditions: Mapping[str, Any] | None) -> None:
+        """Refuse to go on from a run made under other conditions.
+
+        Raises:
+            ValueError: naming the first that differs.
+        """
+        own = self.method.to_dict() | ({"steps": method.get("steps")} if self.method.steps_needed else {})
+        pairs = [("method", dict(method), own), *((k, (conditions or {}).get(k), v) for k, v in self.conditions().items())]
+        for key, theirs, ours in pairs:
+            if theirs != ours:
+                raise ValueError(f"resume: the checkpoint's {key} is {theirs}, this run's {ours}; change it back, or start anew")
+
+    def resume(self, step: int, method: Mapping[str, Any]) -> None:
+        """Go on after update number `step` of a run of `method["steps"]` updates."""
+        self.step = step
+        if self.method.steps_needed and method.get("steps") is not None:
+            self.set_steps(method["steps"])
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Score whole gradients that were kept until now; does nothing where they are scored as they are formed."""
+        waiting = [(rank, slot) for rank, slot in enumerate(self.slots.values()) if slot.target.grad is not None]
+        if not waiting:
+            return
+        self._open()
+        for rank, slot in waiting:
+            gradient, slot.target.grad = slot.target.grad, None
+            assert gradient is not None
+            self._take(rank, slot, gradient)
+        self._finish()
+
+    def norm(self) -> Tensor:
+        """Norm of the whole gradient of this update, over all candidates; fp64 scalar."""
+        return self._square.sqrt()
+
+    @torch.no_grad()
+    def _receive(self, rank: int, slot: GrowingSlot, target: Tensor) -> None:
+        """Called by autograd when a parameter's gradient is complete."""
+        if self.updates.accumulation == "exact" and (self._grows() or self.updates.clip == "dense"):
+            return  # it stays in .grad until `collect`
+        if not self._queued:
+            self._open()
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            self._queued = True
+        if self.updates.accumulation == "none" and slot.name in self._seen:
+            raise ValueError(
+                f"{slot.name}: a second backward before the update. Say how gradients add up: attach(…, "
+                "updates=Updates(accumulation='exact')) keeps whole gradients until the update, 'lean' only candidates"
+            )
+        gradient, target.grad = target.grad, None
+        assert gradient is not None
+        self._take(rank, slot, gradient)
+
+    def _open(self) -> None:
+        """Begin an update, unless one is under way: a further pass of it, or a nested backward of checkpointing."""
+        if self._seen and self._cleared():  # its gradients were thrown away: the update was skipped
+            for slot in self.slots.values():
+                slot.restore()
+                slot.clear()
+            self._close()
+
+    def _cleared(self) -> bool:
+        gradients = [self.slots[name].values.grad for name in self._seen]
+        held = [g for g in gradients if g is not None and g.numel()]
+        return not any(bool(g.any()) for g in held) and (bool(held) or all(g is None for g in gradients))
+
+    def _close(self) -> None:
+        self._seen.clear()
+        self._damaged, self._square = False, torch.zeros((), dtype=torch.float64)
+        for pool in self._pools:
+            pool.best = pool.wanted = None
+
+    def _take(self, rank: int, slot: GrowingSlot, gradient: Tensor) -> None:
+        """Keep what is needed of one gradient; it may be overwritten."""
+        self._seen.add(slot.name)
+        flat = _averaged(gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
+        if self.updates.clip == "dense":
+            self._square += torch.linalg.vector_norm(flat, dtype=torch.float32).cpu().double().square()
+        finite = bool(slot.receive(flat).isfinite().all())
+        best = self._best(self._member[slot.name])
+        if finite and best is not None:
+            finite = self._score(rank, slot, flat, best)
+        self._damaged = self._damaged or not finite
+
+    def _score(self, rank: int, slot: GrowingSlot, flat: Tensor, best: TopK) -> bool:
+        weight = slot.target.detach().reshape(-1)
+        barred = [] if self.method.renews else [slot.index]
+        barred += [] if slot.excluded is None else [slot.excluded]
+        if self.updates.accumulation == "lean":
+            barred.append(best.revise(rank, partial(self._summed, flat, weight)).to(flat.device))
+        return scan(flat, weight, self.method, best, rank, barred)
+
+    def _summed(self, flat: Tensor, weight: Tensor, offset: Tensor, payload: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a further pass's gradient to a tensor's candidates."""
+        place = offset.to(flat.device)
+        total = payload + flat[place].to(payload)
+        return self.method.score(weight[place], total.to(flat.device)).cpu(), total
+
+    def _best(self, pool: _Pool) -> TopK | None:
+        """The pool's candidates of this update; None where nothing is to be chosen."""
+        wanted = self._wanted(pool)
+        if pool.best is None and wanted > 0:
+            pool.best = TopK(wanted * (self.updates.oversampling if self.updates.accumulation == "lean" else 1))
+        return pool.best
+
+    def _wanted(self, pool: _Pool) -> int:
+        """Entries to choose at this update."""
+        if pool.wanted is None:
+            held = 0 if self.method.renews else sum(self.slots[name].count_before for name in pool.names)
+            granted = pool.budget if self.method.renews else self.method.granted(pool.budget, self.step + 1)
+            pool.wanted = granted - held
+        return pool.wanted
+
+    def _grows(self) -> bool:
+        return any(self._wanted(pool) > 0 for pool in self._pools)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Let the winners join the slots, provisionally: a further pass of the same update may change them."""
+        self._queued = False
+        for slot in self.slots.values():
+            slot.restore()
+        if self._damaged:
+            return
+        slots = list(self.slots.values())
+        for pool in self._pools:
+            if pool.best is None:
+                continue
+            winners = dict(_by_rank(*pool.best.winners(self._wanted(pool))))
+            none = torch.empty(0, dtype=torch.int64), torch.empty(0)
+            for rank, slot in enumerate(slots):
+                if self.method.renews and slot.name in pool.names:
+                    slot.exchange(*_on(slot, winners.get(rank, none)), self.step + 1)
+                elif rank in winners:
+                    slot.grow(*_on(slot, winners[rank]), self.step + 1)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):
+            raise ValueError("optimizer.step(closure): entries are chosen before the step; run backward first, then step()")
+        self.collect()
+        if self._damaged:
+            warnings.warn(
+                f"update {self.step + 1}: a gradient is not finite; nothing changes and nothing is chosen", stacklevel=3
+            )
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+            return
+        for slot in self.slots.values():
+            follow(optimizer, slot)
+            slot.commit()
+        if self.updates.bias_correction == "per_entry":
+            self._before = {name: slot.values.detach().clone() for name, slot in self.slots.items()}
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.step += 1
+        if self.updates.bias_correction == "per_entry" and not self._damaged:
+            correct_ages(optimizer, self.slots.values(), self._before, self.step)
+            self._before = {}
+        self._close()
+
+
+@final
+class _Pool:
+    """Parameters that compete for one budget, and their best candidates of this update."""
+
+    def __init__(self, names: list[str], budget: int) -> None:
+        self.names, self.budget = names, budget
+        self.best: TopK | None = None
+        self.wanted: int | None = None
+
+
+def _by_rank(rank: Tensor, offset: Tensor, payload: Tensor) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """(rank, (offsets, payloads)) of each tensor that has winners."""
+    order = rank.argsort(stable=True)
+    ranks, counts = rank[order].unique_consecutive(return_counts=True)
+    parts = zip(offset[order].split(counts.tolist()), payload[order].split(counts.tolist()), strict=True)
+    yield from zip(ranks.tolist(), parts, strict=True)
+
+
+def _on(slot: GrowingSlot, winners: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return winners[0].to(slot.target.device), winners[1].to(slot.target.device)
+
+
+def _count(index: Tensor | None) -> int:
+    return 0 if index is None else index.numel()
+
+
+def _averaged(gradient: Tensor) -> Tensor:
+    """The mean over the processes of a distributed run: hooks see each process's own gradient."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(gradient)
+        gradient /= torch.distributed.get_world_size()
+    return gradient
