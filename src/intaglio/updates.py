@@ -87,14 +87,12 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, slots: Iterable[GrowingSl
     missing = [slot.name for slot in slots if id(slot.values) not in held]
     if missing:
         raise ValueError(
-            f"optimizer {name}: lacks {missing[0]}, whose entries could be chosen but never move; pass it tuner.parameters()"
+            f"optimizer {name}: lacks {missing[0]}; its entries could be chosen, never moved: pass tuner.parameters()"
         )
     if updates.bias_correction == "per_entry":
         plain = kinds & {"Adam"} and not any(g.get("amsgrad") or g.get("maximize") for g in optimizer.param_groups)
         if not plain or "betas" not in optimizer.defaults:
-            raise ValueError(
-                f"bias_correction='per_entry': needs torch.optim.Adam or AdamW without amsgrad and maximize, not {name}"
-            )
+            raise ValueError(f"bias_correction='per_entry': needs Adam or AdamW without amsgrad and maximize, not {name}")
 
 
 @torch.no_grad()
@@ -112,8 +110,8 @@ def follow(optimizer: torch.optim.Optimizer, slot: GrowingSlot) -> None:
             continue
         if value.dim() != 1 or value.numel() != slot.count_before or not value.is_floating_point():
             raise ValueError(
-                f"optimizer {type(optimizer).__name__}: its state {key!r} of {slot.name} is {value.dtype} {list(value.shape)}, not one "
-                "number per entry; take an optimizer with plain state, or a method that chooses all at the first update"
+                f"optimizer {type(optimizer).__name__}: its state {key!r} of {slot.name} is {value.dtype} {list(value.shape)}, "
+                "not one number per entry; take an optimizer with plain state, or a method that chooses all at the first update"
             )
         fresh = value.new_full((slot.source.numel(),), optimizer.defaults.get("initial_accumulator_value", 0.0))
         fresh[kept] = value[slot.source[kept]]
