@@ -77,11 +77,6 @@ class UpdateMethod(Method):
         """Whether each update chooses anew, so that entries may leave again."""
         return False
 
-    @property
-    def whole(self) -> tuple[str, ...]:
-        """Patterns of parameters that are trained whole, outside the budget."""
-        return ()
-
     def candidates(self, model: nn.Module) -> set[str]:
         return set(matching(model, self.include, self.exclude)) - set(self.always(model))
 
@@ -91,7 +86,7 @@ class UpdateMethod(Method):
         Raises:
             ValueError: where a pattern matches nothing.
         """
-        return matching(model, self.whole) if self.whole else {}
+        return {}
 
     def budgets(self, free: Mapping[str, int]) -> list[Pool]:
         """The budgets, and who competes for each.

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import schedules, scores
 from ..budget import largest_remainder, resolve_budget
-from ..method import budget_problems, pattern_problems, refuse
+from ..method import budget_problems, matching, pattern_problems, refuse
 from ..schedules import SCHEDULES
 from ..update_method import Pool, UpdateMethod
 
@@ -123,6 +123,9 @@ class ID3(UpdateMethod):
         if self.steps not in (None, steps):
             raise ValueError(f"ID3.steps={self.steps}: this run makes {steps} updates; leave it out, or make them agree")
         return dataclasses.replace(self, steps=steps)
+
+    def always(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return matching(model, self.whole) if self.whole else {}
 
     @property
     def renews(self) -> bool:
