@@ -34,6 +34,33 @@ def test_magnitude_is_fp32():
     assert torch.equal(scores.magnitude(weight), torch.tensor([2.0, 0.5]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scores_of_gradients_are_computed_in_fp32(dtype):
+    """ID3 checklist 6: the cast comes before the arithmetic, whatever the type of weight and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(1000, generator=generator).mul(0.02).to(dtype) for _ in range(2))
+    w, g = weight.float(), gradient.float()
+    assert torch.equal(scores.gradient(gradient), g.abs())
+    assert torch.equal(scores.snip(weight, gradient), (g * w).abs())
+    for exponent, eps in [(1.0, 1e-8), (1, 1.0), (2.0, 0.1), (0.5, 1e-3), (-2.0, 0.0)]:
+        found = scores.d3(weight, gradient, exponent, eps)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), g.double().abs() / (w.double().abs() + eps) ** exponent, rtol=1e-6, atol=0)
+        halves = [scores.d3(weight[part], gradient[part], exponent, eps) for part in (slice(0, 333), slice(333, None))]
+        assert torch.equal(torch.cat(halves), found)
+    assert torch.equal(scores.d3(weight, gradient, 0, 1e-8), g.abs())
+    assert torch.equal(scores.d3(weight, gradient, -1, 0), (g * w).abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("exponent", "eps"), [(1.0, 1e-8), (1.0, 0.0), (100.0, 1e-8), (-1.0, 0.0), (-100.0, 10.0), (0.0, 0.0)])
+def test_d3_is_never_nan(dtype, exponent, eps):
+    """ID3 checklist 6, defect 18: 0/0 and 0·inf score 0 and are chosen last."""
+    zeros = torch.zeros(3, dtype=dtype)
+    assert torch.equal(scores.d3(zeros, zeros, exponent, eps), torch.zeros(3))
+    assert not scores.d3(zeros, torch.ones(3, dtype=dtype), exponent, eps).isnan().any()
+
+
 def test_random_scores_depend_on_seed_and_key_alone():
     state = torch.random.get_rng_state()
     first = scores.random((3, 4), seed=1, key="a")
