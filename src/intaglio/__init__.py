@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .delta import Delta as Delta
     from .methods import S2FT as S2FT
+    from .methods import BitFit as BitFit
+    from .methods import FishMask as FishMask
     from .methods import Full as Full
     from .methods import PaFi as PaFi
     from .methods import Random as Random
+    from .methods import SHiRA as SHiRA
     from .probe import Batches as Batches
     from .selection import Selection as Selection
     from .training import train as train
@@ -31,10 +34,27 @@ _HOME = {
     "S2FT": "methods",
     "Random": "methods",
     "PaFi": "methods",
+    "SHiRA": "methods",
+    "FishMask": "methods",
+    "BitFit": "methods",
     "Full": "methods",
     "train": "training",
 }
-__all__ = ["S2FT", "Batches", "Delta", "Full", "PaFi", "Random", "Selection", "Tuner", "attach", "train"]
+__all__ = [
+    "S2FT",
+    "Batches",
+    "BitFit",
+    "Delta",
+    "FishMask",
+    "Full",
+    "PaFi",
+    "Random",
+    "SHiRA",
+    "Selection",
+    "Tuner",
+    "attach",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..method import Method
+from .bitfit import BitFit
+from .fishmask import FishMask
 from .full import Full
 from .magnitude import PaFi
 from .random import Random
 from .s2ft import S2FT
+from .shira import SHiRA
 
-__all__ = ["METHODS", "S2FT", "Full", "PaFi", "Random", "build", "nearest"]
+__all__ = ["METHODS", "S2FT", "BitFit", "FishMask", "Full", "PaFi", "Random", "SHiRA", "build", "nearest"]
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (S2FT, Random, PaFi, Full)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (S2FT, Random, PaFi, SHiRA, FishMask, BitFit, Full)}
 
 
 def build(config: Mapping[str, Any]) -> Method:
