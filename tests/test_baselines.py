@@ -201,9 +201,9 @@ def test_exclusion_gives_the_next_best(method):
 def test_bitfit_counts_are_the_papers():
     """ID3 section 1.6: DeBERTa-v3-base, 102,912 biases in the backbone, 103,682 in all, 123,650 of one dimension."""
     config = tf.DebertaV2Config(
-        vocab_size=128100, type_vocab_size=0, num_labels=2, relative_attention=True, position_buckets=256,
-        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], max_relative_positions=-1,
-        position_biased_input=False,
+        vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, num_labels=2,
+        relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
+        max_relative_positions=-1, position_biased_input=False, type_vocab_size=0,
     )  # fmt: skip
     with torch.device("meta"):
         model = tf.DebertaV2ForSequenceClassification(config)
