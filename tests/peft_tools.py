@@ -15,7 +15,8 @@ RANDOM = {"name": "random", "budget": 0.05}
 
 def delta_folder(folder, method, name="gqa_llama", dtype=FP32, seed=0):
     """An adapter trained by `attach` for two steps."""
-    tuner = attach(tiny.build(name, dtype=dtype), build(method))
+    chooser = build(method)
+    tuner = attach(tiny.build(name, dtype=dtype), chooser, probe=tiny.probe(name, chooser))
     optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
     for step in range(2):
         tuner.model(**tiny.batch(name, seed=seed + step)).loss.backward()

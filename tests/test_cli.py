@@ -163,6 +163,17 @@ def test_calibrated_permuted_and_disjoint(place):
         assert not (place / "runs/never").exists()
 
 
+def test_entries_chosen_on_training_rows(place):
+    settings = ["method={name: fishmask, budget: 500, samples: 6, exclude: ['*embed*']}", "data.calibration=10"]
+    settings += ["train.output_dir=runs/fishmask", "evaluate.before=false", "evaluate.limit=1"]
+    intaglio("train", "run.yaml", *settings, cwd=place)
+    delta = Delta.load(place / "runs/fishmask/adapter")
+    assert delta.selection.size == 500
+    assert not any("embed" in name for name in delta.selection)
+    assert delta.method["samples"] == 6
+    assert json.loads(intaglio("verify", "runs/fishmask", "--json", cwd=place).stdout)["equal"]
+
+
 def test_a_run_killed_at_any_moment_resumes(place):
     """SIGKILL during training; --resume finishes, from a complete checkpoint or from the start."""
     settings = ["train.output_dir=runs/killed", "train.save_steps=1", "train.max_steps=40", "evaluate.before=false"]
@@ -206,6 +217,8 @@ MISTAKES = {
     "share 0": (["method.down=0.0"], "above 0"),
     "share above 1": (["method.down=1.01"], "at most 1.0"),
     "budget of nothing": (["method={name: random, budget: 1e-9}"], "rounds to nothing"),
+    "no biases": (["method={name: bitfit}"], "tensors='one_dimensional' trains the scales"),
+    "few examples": (["method={name: fishmask, samples: 11}", "data.calibration=10"], "the probe has 10 examples"),
     "missing data": (["data={train: nowhere.jsonl}"], "nowhere.jsonl: no such file"),
     "missing model": (["model.name=nobody/nothing"], "model.name='nobody/nothing'"),
     "missing folder": (["model.name=./nowhere"], "model.name='./nowhere'"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from intaglio import Delta, Selection, attach
+from intaglio import Delta, Selection, Updates, attach
 from intaglio.methods import METHODS, build
 
 # Settings that select something in a model of two layers with four heads; a method without a row runs on its defaults.
@@ -17,12 +17,29 @@ SETTINGS = {
         {"q": 0.25, "k": 0.5, "v": 0.5, "o": 0.5, "up": 6, "down": 10, "seed": 3},
         {"o": 0.5, "down": None, "select": "weight", "largest": True},
     ],
+    "id3": [
+        {"budget": 0.02, "steps": 20},
+        {"budget": 301, "steps": 7, "exponent": 2, "eps": 0.1, "schedule": "cubic"},
+        {"budget": 150, "mode": "repeat"},
+    ],
+    "gradient": [{"budget": 0.02}],
+    "snip": [{"budget": 111}],
     "random": [{"budget": 0.05}, {"budget": 37, "seed": 1}],
     "pafi": [{"budget": 0.02}],
+    "shira": [{"budget": 0.05}, {"budget": 111, "mask": "snip", "exclude": ("*.0.*",)}],
+    "fishmask": [{"budget": 0.02}],
+    "bitfit": [{"tensors": "one_dimensional"}],
 }
 CASES = [{"name": name} | fields for name in METHODS for fields in SETTINGS.get(name, [{}])]
 each_case = pytest.mark.parametrize("config", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
 each_model = pytest.mark.parametrize("name", tiny.MODELS)
+
+
+def attached(model, name, config, **kwargs):
+    method = build(config)
+    if method.phase == "update":
+        kwargs["updates"] = Updates(accumulation="exact")
+    return attach(model, method, probe=tiny.probe(name, method), **kwargs)
 
 
 def train(model, tuner, name, *, steps, accumulation=2, **kwargs):
@@ -44,7 +61,7 @@ def test_only_the_selection_moves_and_all_of_it(name, config):
     """
     model = tiny.build(name)
     start = {key: p.detach().clone() for key, p in model.named_parameters()}
-    tuner = attach(model, build(config))
+    tuner = attached(model, name, config)
     optimizer = train(model, tuner, name, steps=20)
     moved = 0
     for key, before in start.items():
@@ -65,7 +82,7 @@ def test_only_the_selection_moves_and_all_of_it(name, config):
 def test_adapter_round_trip_is_exact(name, config, tmp_path):
     """S2FT checklist 16: save → load → apply on a fresh base equals the trained model; revert equals the base."""
     model = tiny.build(name, dtype=torch.bfloat16)
-    tuner = attach(model, build(config))
+    tuner = attached(model, name, config)
     train(model, tuner, name, steps=2)
     tuner.save(tmp_path / "adapter")
     tuned = tuner.detach().state_dict()
@@ -89,16 +106,17 @@ def test_selection_is_reproducible_and_leaves_no_trace(name, config):
     before = {key: t.clone() for key, t in model.state_dict().items()}
     required = {key: p.requires_grad for key, p in model.named_parameters()}
     keys = list(dict(model.named_modules()))
-    tuner = attach(model, build(config))
+    tuner = attached(model, name, config)
     assert torch.equal(random_state, torch.random.get_rng_state())
     assert set(tuner.selection) <= tuner.method.candidates(model)
     assert list(model.state_dict()) == list(before)
     torch.manual_seed(99)
-    assert attach(tiny.build(name, seed=0), build(config)).selection == tuner.selection
+    assert attached(tiny.build(name, seed=0), name, config).selection == tuner.selection
     tuner.detach()
     assert list(dict(model.named_modules())) == keys
     assert {key: p.requires_grad for key, p in model.named_parameters()} == required
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters() if p._post_accumulate_grad_hooks is not None)
     assert all("forward" not in module.__dict__ and "partial" not in module.__dict__ for module in model.modules())
 
@@ -107,10 +125,10 @@ def test_selection_is_reproducible_and_leaves_no_trace(name, config):
 def test_excluded_entries_are_never_chosen(config):
     """S2FT checklist 15."""
     name = "gqa_llama"
-    first = attach(tiny.build(name), build(config)).selection
-    if config["name"] == "full":
+    first = attached(tiny.build(name), name, config).selection
+    if config["name"] in ("full", "bitfit"):  # they choose all they may
         first = Selection(dict(list(first.items())[:4]))
-    second = attach(tiny.build(name), build(config), exclude=first).selection
+    second = attached(tiny.build(name), name, config, exclude=first).selection
     assert second.overlap(first) == 0
     assert second.size > 0
 
@@ -127,11 +145,11 @@ def test_state_survives_bit_for_bit(config):
             optimizer.step()
             optimizer.zero_grad()
 
-    tuner = attach(tiny.build(name, dtype=torch.bfloat16), build(config))
+    tuner = attached(tiny.build(name, dtype=torch.bfloat16), name, config)
     optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-3)
     go(tuner, optimizer, batches[:5])
     state, optimizer_state = tuner.state_dict(), copy.deepcopy(optimizer.state_dict())
-    resumed = attach(tiny.build(name, dtype=torch.bfloat16), build(config))
+    resumed = attached(tiny.build(name, dtype=torch.bfloat16), name, config)
     again = resumed.optimizer(torch.optim.AdamW, lr=1e-3)
     resumed.load_state_dict(state)
     again.load_state_dict(optimizer_state)

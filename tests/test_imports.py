@@ -18,7 +18,7 @@ before = (list(warnings.filters), list(logging.root.handlers))
 import intaglio
 assert "torch" not in sys.modules, "the package itself loads nothing"
 assert before == (list(warnings.filters), list(logging.root.handlers))
-from intaglio import attach, S2FT, Random, PaFi, Full, Delta, Selection, Tuner
+from intaglio import attach, S2FT, Random, PaFi, SHiRA, FishMask, BitFit, Full, Delta, Selection, Tuner
 loaded = [m for m in {HEAVY!r} if m in sys.modules]
 assert not loaded, loaded
 assert "torch" in sys.modules

@@ -22,6 +22,9 @@ SETTINGS = {
     "s2ft": {"o": 0.5, "down": 0.25, "v": 0.5},
     "random": {"budget": 0.05},
     "pafi": {"budget": 0.02},
+    "shira": {"budget": 0.05},
+    "fishmask": {"budget": 0.02},
+    "bitfit": {"tensors": "one_dimensional"},
 }
 AT_START = {name: SETTINGS.get(name, {}) for name, cls in METHODS.items() if cls.phase == "start"}
 

@@ -8,6 +8,9 @@ import torch
 import transformers as tf
 from torch import nn
 
+from intaglio import Batches
+from intaglio.method import Method
+
 COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 LLAMA = COMMON | {
     "max_position_embeddings": 64,
@@ -101,6 +104,11 @@ def batch(name: str, *, rows: int = 3, length: int = 12, seed: int = 1) -> dict[
     ids = torch.randint(3, 96, (rows, length), generator=generator)
     labels = ids.clone() if name in CAUSAL else torch.randint(0, 2, (rows,), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def probe(name: str, method: Method) -> Batches | None:
+    """Data for a method that looks at data."""
+    return Batches([batch(name, seed=7)]) if method.needs_probe else None
 
 
 class Homemade(nn.Module):

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from .methods import ID3 as ID3
     from .methods import S2FT as S2FT
     from .methods import SNIP as SNIP
+    from .methods import BitFit as BitFit
+    from .methods import FishMask as FishMask
     from .methods import Full as Full
     from .methods import PaFi as PaFi
     from .methods import Random as Random
+    from .methods import SHiRA as SHiRA
     from .methods import StaticGradient as StaticGradient
     from .probe import Batches as Batches
     from .selection import Selection as Selection
@@ -38,6 +41,9 @@ _HOME = {
     "SNIP": "methods",
     "Random": "methods",
     "PaFi": "methods",
+    "SHiRA": "methods",
+    "FishMask": "methods",
+    "BitFit": "methods",
     "Full": "methods",
     "Updates": "updates",
     "train": "training",
@@ -47,10 +53,13 @@ __all__ = [
     "S2FT",
     "SNIP",
     "Batches",
+    "BitFit",
     "Delta",
+    "FishMask",
     "Full",
     "PaFi",
     "Random",
+    "SHiRA",
     "Selection",
     "StaticGradient",
     "Tuner",

@@ -1,15 +1,16 @@
-"""How strongly each head or channel acts: norms of its weights, activations and gradients on a calibration set.
+"""How strongly each head, channel or weight acts: norms and means of what a calibration set makes of the model.
 
-All norms are taken on the reading side of a structure: the columns of `down` for an FFN channel, of `o` for a query head
-and, under grouped-query attention, of `o` for all query heads that a key-value head serves (S2FT, arXiv 2412.06289,
-section 3.2, leaves the tensor open). Looking leaves no trace: weights, gradients, train and eval flags, `requires_grad`
-and the random state are what they were.
+Norms of heads and channels are taken on the reading side of a structure: the columns of `down` for an FFN channel, of `o`
+for a query head and, under grouped-query attention, of `o` for all query heads that a key-value head serves (S2FT, arXiv
+2412.06289, section 3.2, leaves the tensor open). Looking leaves no trace: weights, gradients, train and eval flags,
+`requires_grad` and the random state are what they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .probe import Probe
 from .structure import Layer, Projection
 
-__all__ = ["STRUCTURES", "activation_norms", "gradient_norms", "quiet", "units_of", "weight_norms"]
+__all__ = ["STRUCTURES", "activation_norms", "gradient_means", "gradient_norms", "quiet", "units_of", "weight_norms"]
 
 # structure → (role that reads it, roles that share its units)
 STRUCTURES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -86,27 +87,74 @@ def gradient_norms(model: nn.Module, layers: list[Layer], probe: Probe, structur
         ValueError: where the loss is missing or a gradient is not finite.
     """
     squares: dict[str, Tensor] = {}
+    dims = {p.parameter: p.dim for p in _readers(layers, structures)}
+    _visit_gradients(model, dims, probe, lambda name, gradient: _add(squares, name, _squares(gradient, dims[name])))
+    return _norms(layers, squares)
+
+
+def gradient_means(
+    model: nn.Module, names: Collection[str], probe: Probe, term: Callable[[Tensor], Tensor], *, samples: int | None = None
+) -> dict[str, Tensor]:
+    """Mean over examples of `term(gradient)` for every single weight, the gradient taken example by example.
+
+    Example by example makes the result independent of how the set is split into batches. It costs 4 bytes per weight of
+    `names`, on the weight's device; a gradient is added and freed before the next one is formed.
+
+    Args:
+        model: the model, at its current weights.
+        names: parameters to look at.
+        probe: data; rows without a label are passed over.
+        term: gradient of one example → fp32 of the same shape, e.g. `scores.fisher`.
+        samples: examples to look at, the first of the probe; default all.
+
+    Returns:
+        Name → mean in fp32, in the parameter's shape; 0 where no gradient arrives (an expert that gets no token).
+
+    Raises:
+        ValueError: where the loss is missing, a gradient is not finite, or the probe has fewer than `samples` examples.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def visit(name: str, gradient: Tensor) -> None:
+        sums[name] = sums[name].add_(term(gradient)) if name in sums else term(gradient)
+
+    seen = _visit_gradients(model, names, probe, visit, samples)
+    if samples is not None and seen < samples:
+        raise ValueError(f"samples={samples}: the probe has {seen} examples with labels; give it more, or ask for fewer")
+    for name, total in sums.items():
+        if not bool(total.isfinite().all()):
+            raise ValueError(f"{name}: has gradients that are not finite; check model and data (float16 overflows)")
     parameters = dict(model.named_parameters())
-    chosen = {p.parameter: p.dim for p in _readers(layers, structures)}
-    handles, kept = [], {name: parameters[name].grad for name in chosen}
+    return {name: sums[name].div_(seen) if name in sums else torch.zeros_like(parameters[name]).float() for name in names}
+
+
+def _visit_gradients(
+    model: nn.Module, names: Collection[str], probe: Probe, visit: Callable[[str, Tensor], None], samples: int | None = None
+) -> int:
+    """Give `visit` the name and gradient of each parameter for each example, and free it; return the number of examples."""
+    parameters = dict(model.named_parameters())
+    handles, kept, seen = [], {name: parameters[name].grad for name in names}, 0
     try:
-        with quiet(model):
+        with quiet(model), torch.enable_grad():  # choosing runs under no_grad
             model.requires_grad_(False)
-            for name, dim in chosen.items():
+            for name in names:
                 parameters[name].grad = None
                 parameters[name].requires_grad_(True)
-                handles.append(parameters[name].register_post_accumulate_grad_hook(_reduce(squares, name, dim)))
-            for batch in _on_device(model, probe):
-                for example in _examples(batch):
-                    probe.loss(model, example).backward()
-        if not squares:
-            raise ValueError("probe: every label is -100, so that there is no gradient; check the mask and the length limit")
+                handles.append(parameters[name].register_post_accumulate_grad_hook(_visiting(visit, name)))
+            for example in islice(_all_examples(model, probe), samples):
+                loss = probe.loss(model, example)
+                if not loss.requires_grad:
+                    raise ValueError(f"probe: the loss depends on none of {', '.join(list(names)[:3])} …; include others")
+                loss.backward()
+                seen += 1
     finally:
         for handle in handles:
             handle.remove()
         for name, gradient in kept.items():
             parameters[name].grad = gradient
-    return _norms(layers, squares)
+    if not seen:
+        raise ValueError("probe: every label is -100, so that there is no gradient; check the mask and the length limit")
+    return seen
 
 
 class _Mask:
@@ -134,10 +182,10 @@ def _observe(squares: dict[str, Tensor], name: str, mask: _Mask) -> Callable[[nn
     return hook
 
 
-def _reduce(squares: dict[str, Tensor], name: str, dim: int) -> Callable[[Tensor], None]:
+def _visiting(visit: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        _add(squares, name, _squares(parameter.grad, dim))
+        visit(name, parameter.grad)
         parameter.grad = None
 
     return hook
@@ -200,6 +248,11 @@ def _on_device(model: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
         yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     if not found:
         raise ValueError("probe: it has no batches to calibrate on; give it data")
+
+
+def _all_examples(model: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    for batch in _on_device(model, probe):
+        yield from _examples(batch)
 
 
 def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from .probe import Probe
 from .selection import Selection
 
 __all__ = [
+    "EntryMethod",
     "Method",
     "Phase",
     "ScoredMethod",
@@ -75,55 +76,103 @@ class Method(ABC):
         return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
-class ScoredMethod(Method):
-    """A method that ranks single entries once and takes the best of the whole model."""
+class EntryMethod(Method):
+    """A method that ranks single entries once, before training, and takes the best."""
 
     budget: int | float
     include: tuple[str, ...]
     exclude: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        refuse(type(self).__name__, budget_problems(self.budget) + pattern_problems(include=self.include, exclude=self.exclude))
+        refuse(type(self).__name__, self._problems())
+
+    def _problems(self) -> list[str]:
+        return pattern_problems(include=self.include, exclude=self.exclude) + budget_problems(self.budget)
+
+    @abstractmethod
+    def scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], probe: Probe | None) -> Iterator[tuple[str, Tensor]]:
+        """Name and score of each of `weights` in order, in its shape; higher is chosen first. Started once the budget holds."""
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters whose entries are ranked."""
+        return matching(model, self.include, self.exclude)
+
+    def spend(self, scores: Iterator[tuple[str, Tensor]], free: Mapping[str, int]) -> Selection:
+        """Turn scores into a selection; `free` holds how many entries of each parameter may be chosen."""
+        return top_k(scores, resolve_budget(self.budget, sum(free.values())))
+
+    def candidates(self, model: nn.Module) -> set[str]:
+        return set(self.targets(model))
+
+    def choose(
+        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
+    ) -> tuple[Selection, State]:
+        if self.needs_probe and probe is None:
+            raise ValueError(f"{self}: looks at data: give a probe, e.g. probe=Batches([batch, ...])")
+        weights = {name: p for name, p in self.targets(model).items() if name not in exclude or exclude[name].count < p.numel()}
+        excluded = {name: entries.flat() for name, entries in exclude.items() if name in weights}
+        free = {name: weight.numel() - len(excluded.get(name, ())) for name, weight in weights.items()}
+        return self.spend(_without(self.scores(model, weights, probe), excluded), free), state
+
+
+class ScoredMethod(EntryMethod):
+    """The level most entry methods live on: a score of the weight alone, free of data."""
 
     @abstractmethod
     def score(self, name: str, weight: Tensor) -> Tensor:
         """Score of each entry, fp32 of `weight`'s shape; higher is chosen first."""
 
-    def candidates(self, model: nn.Module) -> set[str]:
-        return set(matching(model, self.include))
-
-    def choose(
-        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
-    ) -> tuple[Selection, State]:
-        weights = matching(model, self.include)
-        excluded = {name: entries.flat() for name, entries in exclude.items() if name in weights}
-        total = sum(weight.numel() for weight in weights.values()) - sum(flat.numel() for flat in excluded.values())
-        budget = resolve_budget(self.budget, total)
-        return top_k(self._scores(weights, excluded), budget), state
-
-    def _scores(self, weights: Mapping[str, Tensor], excluded: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], probe: Probe | None) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.items():
-            score = self.score(name, weight)
-            if name in excluded:
-                score = score.contiguous()
-                score.view(-1)[excluded[name].to(score.device)] = float("-inf")
-            yield name, score
+            yield name, self.score(name, weight)
+
+
+def _without(scores: Iterator[tuple[str, Tensor]], excluded: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The scores with those of excluded entries, given by offset, behind all others."""
+    for name, score in scores:
+        if name in excluded:
+            score = score.contiguous()
+            score.view(-1)[excluded[name].to(score.device)] = float("-inf")
+        yield name, score
 
 
 def matching(model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
-    """Floating-point parameters whose name matches any of `include` and none of `exclude` (shell patterns), tied ones once.
+    """Floating-point parameters whose name matches a shell pattern of `include` and none of `exclude`, tied weights once.
 
     Raises:
         ValueError: where a pattern matches nothing; the message shows names that exist.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    for key, patterns in (("include", include), ("exclude", exclude)):
+    for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatch(name, pattern) for name in parameters):
                 shown = ", ".join(list(parameters)[:3])
-                raise ValueError(f"{key}: the pattern {pattern!r} matches no parameter; names look like {shown} …")
-    included = {name: p for name, p in parameters.items() if any(fnmatch(name, pattern) for pattern in include)}
-    return {name: p for name, p in included.items() if not any(fnmatch(name, pattern) for pattern in exclude)}
+                raise ValueError(f"{argument}: the pattern {pattern!r} matches no parameter; names look like {shown} …")
+    return {name: p for name, p in parameters.items() if _matches(name, include) and not _matches(name, exclude)}
+
+
+def budget_problems(budget: object) -> list[str]:
+    """What is wrong with a budget of entries before the model is known."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        return [f"budget={budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)"]
+    if not budget > 0 or (isinstance(budget, float) and not budget <= 1):
+        return [f"budget={budget}: a count must be at least 1, a share above 0 and at most 1.0"]
+    return []
+
+
+def pattern_problems(**patterns: tuple[str, ...]) -> list[str]:
+    """What is wrong with tuples of shell patterns, given by argument name."""
+    problems = []
+    for argument, value in patterns.items():
+        if isinstance(value, str):
+            problems.append(f"{argument}={value!r}: give a tuple of patterns, ({value!r},)")
+        elif not isinstance(value, tuple) or not all(isinstance(pattern, str) for pattern in value):
+            problems.append(f"{argument}={value!r}: give a tuple of patterns, e.g. ('*.mlp.*',)")
+    return problems
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def refuse_foreign(exclude: Selection, model: nn.Module) -> None:
@@ -138,20 +187,6 @@ def refuse_foreign(exclude: Selection, model: nn.Module) -> None:
         if found != entries.shape:
             has = "no such parameter" if found is None else f"shape {list(found)}"
             raise ValueError(f"exclude: {name} of shape {list(entries.shape)}: the model has {has}; give entries of this model")
-
-
-def budget_problems(budget: object) -> list[str]:
-    """What is wrong with a budget of entries before the model is known."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        return [f"budget={budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)"]
-    if not budget > 0 or (isinstance(budget, float) and not budget <= 1):
-        return [f"budget={budget}: a count must be at least 1, a share above 0 and at most 1.0"]
-    return []
-
-
-def pattern_problems(**fields: object) -> list[str]:
-    """What is wrong with fields of shell patterns before the model is known."""
-    return [f"{key}={value!r}: give a tuple of patterns, ({value!r},)" for key, value in fields.items() if isinstance(value, str)]
 
 
 def refuse(method: str, problems: list[str]) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["d3", "gradient", "magnitude", "random", "snip", "stable_seed"]
+__all__ = ["d3", "fisher", "gradient", "magnitude", "random", "snip", "stable_seed"]
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -22,6 +22,11 @@ def magnitude(weight: Tensor) -> Tensor:
 def gradient(gradient: Tensor) -> Tensor:
     """|g| in fp32, shape of `gradient`."""
     return gradient.detach().float().abs()
+
+
+def fisher(gradient: Tensor) -> Tensor:
+    """g² in fp32: one example's share of the empirical Fisher information's diagonal, shape of `gradient`."""
+    return gradient.detach().float().square()
 
 
 def snip(weight: Tensor, gradient: Tensor) -> Tensor:

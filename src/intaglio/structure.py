@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .families import FAMILIES, Family, Part
 
-__all__ = ["Layer", "Projection", "describe", "is_transposed", "refuse_shared"]
+__all__ = ["Layer", "Projection", "describe", "is_transposed", "layer_matrices", "refuse_shared"]
 
 _READS_UNITS = {"o", "down"}  # these consume heads or channels; the others produce them
 _FFN = {"up", "gate", "down"}
@@ -110,6 +110,20 @@ def refuse_shared(model: nn.Module, layers: list[Layer]) -> None:
     shared = [p.parameter for layer in layers for p in layer.projections.values() if p.parameter not in own]
     if shared:
         raise ValueError(f"{shared[0]} is shared between layers, so that heads and channels of one layer cannot be chosen alone")
+
+
+def layer_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices inside the layers of `model`'s stacks: projections, experts and routers, whatever the family.
+
+    What stands outside (embeddings, output head, pooler) and what is no matrix (norms, biases) is left out.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        f"{layer}.{name}"
+        for layer, module in _stacked(model)
+        for name, weight in module.named_parameters()
+        if weight.dim() >= 2 and id(weight) not in tables
+    }
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -9,16 +9,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..method import Method
+from .bitfit import BitFit
+from .fishmask import FishMask
 from .full import Full
 from .id3 import ID3
 from .magnitude import PaFi
 from .random import Random
 from .s2ft import S2FT
 from .salience import SNIP, StaticGradient
+from .shira import SHiRA
 
-__all__ = ["ID3", "METHODS", "S2FT", "SNIP", "Full", "PaFi", "Random", "StaticGradient", "build", "nearest"]
+__all__ = [
+    "ID3",
+    "METHODS",
+    "S2FT",
+    "SNIP",
+    "BitFit",
+    "FishMask",
+    "Full",
+    "PaFi",
+    "Random",
+    "SHiRA",
+    "StaticGradient",
+    "build",
+    "nearest",
+]
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (S2FT, ID3, StaticGradient, SNIP, Random, PaFi, Full)}
+_ALL: tuple[type[Method], ...] = (S2FT, ID3, StaticGradient, SNIP, Random, PaFi, SHiRA, FishMask, BitFit, Full)
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
 
 def build(config: Mapping[str, Any]) -> Method:

@@ -21,6 +21,7 @@ class PaFi(ScoredMethod):
     Args:
         budget: entries (int) or share of the candidates (float in (0, 1]); default 0.01.
         include: shell patterns of parameter names; default all.
+        exclude: shell patterns of parameter names that are left alone; default none.
 
     Raises:
         ValueError: at attach, for a budget outside the candidates or a pattern that matches nothing.
@@ -39,6 +40,7 @@ class PaFi(ScoredMethod):
 
     budget: int | float = 0.01
     include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
 
     def score(self, name: str, weight: Tensor) -> Tensor:
         return -scores.magnitude(weight)

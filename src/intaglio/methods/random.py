@@ -21,6 +21,7 @@ class Random(ScoredMethod):
     Args:
         budget: entries (int) or share of the candidates (float in (0, 1]); default 0.01.
         include: shell patterns of parameter names; default all.
+        exclude: shell patterns of parameter names that are left alone; default none.
         seed: the same seed gives the same entries on every machine, rank and call order; default 0.
 
     Raises:
@@ -41,6 +42,7 @@ class Random(ScoredMethod):
 
     budget: int | float = 0.01
     include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
     seed: int = 0
 
     def score(self, name: str, weight: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class SNIP(UpdateMethod):
     """
 
     name = "snip"
-    summary = "scattered entries of largest |gradient · weight| at the first update"
+    summary = "scattered entries of largest gradient × weight at the first update"
 
     budget: int | float = 0.01
     include: tuple[str, ...] = ("*",)
