@@ -9,9 +9,9 @@ import transformers as tf
 
 import tiny
 from intaglio import Batches, BitFit, FishMask, PaFi, Random, Selection, SHiRA, attach
+from intaglio.budget import largest_remainder
 from intaglio.calibration import gradient_means
 from intaglio.method import matching
-from intaglio.methods.shira import _in_proportion
 from intaglio.scores import fisher
 from intaglio.selection import Whole
 from intaglio.structure import layer_matrices
@@ -126,10 +126,10 @@ def test_shira_targets_the_matrices_of_the_layers(name):
     ("total", "sizes"), [(10, [3, 3, 3, 3]), (1, [5, 5]), (7, [1, 6, 0]), (99, [7, 31, 100]), (4, [1, 1, 2])]
 )
 def test_shares_are_exact(total, sizes):
-    quotas = list(_in_proportion(total, dict(enumerate(sizes))).values())
+    quotas = largest_remainder(total, sizes)
     assert sum(quotas) == total
     assert all(abs(quota - total * size / sum(sizes)) < 1 and quota <= size for quota, size in zip(quotas, sizes, strict=True))
-    assert _in_proportion(10**18 + 1, {"a": 10**18, "b": 10**18})["a"] == 5 * 10**17 + 1
+    assert largest_remainder(10**18 + 1, [10**18, 10**18])[0] == 5 * 10**17 + 1
 
 
 @pytest.mark.parametrize("method", [FishMask(budget=0.03), *(SHiRA(budget=0.03, mask=m) for m in MASKS[2:])], ids=str)

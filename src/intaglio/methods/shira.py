@@ -10,7 +10,7 @@ from typing import Literal, final
 from torch import Tensor, nn
 
 from .. import scores
-from ..budget import resolve_budget, top_k
+from ..budget import largest_remainder, resolve_budget, top_k
 from ..calibration import gradient_means
 from ..method import EntryMethod, matching
 from ..probe import Probe
@@ -87,7 +87,8 @@ class SHiRA(EntryMethod):
             yield name, scores.snip(weights[name], size) if self.mask == "snip" else size
 
     def spend(self, scores: Iterator[tuple[str, Tensor]], free: Mapping[str, int]) -> Selection:
-        quotas = _in_proportion(resolve_budget(self.budget, sum(free.values())), free)
+        counts = largest_remainder(resolve_budget(self.budget, sum(free.values())), list(free.values()))
+        quotas = dict(zip(free, counts, strict=True))
         chosen = Selection()
         for name, score in scores:
             chosen = chosen.union(top_k([(name, score)], quotas[name])) if quotas[name] else chosen
