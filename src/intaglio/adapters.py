@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["is_peft", "is_quantized", "save"]
+__all__ = ["is_peft", "is_quantized", "load", "save"]
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -24,6 +24,20 @@ def is_quantized(module: nn.Module) -> bool:
     """Whether a layer holds its weight in packed or integer form."""
     packed = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))
     return packed or any(not p.is_floating_point() for p in module.parameters(recurse=False))
+
+
+def load(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Read a PeftModel's adapter folder into its active adapter.
+
+    Raises:
+        ValueError: where the folder's tensors are not those of the adapter.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(directory), device="cpu")
+    result = set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
+    if result.unexpected_keys:
+        raise ValueError(f"{directory}: holds {result.unexpected_keys[0]}, which the adapter has not; is it another adapter's?")
 
 
 def save(model: Any, directory: str | os.PathLike[str]) -> Path:

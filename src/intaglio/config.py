@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .methods import METHODS, build, nearest
+from .updates import Updates
 
 __all__ = ["AttachBlock", "Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config", "sft_config"]
 
+UPDATES = tuple(field.name for field in dataclasses.fields(Updates))
 PEFT_METHODS = ("lora",)  # run by PEFT itself, so that a comparison needs one tool
 
 
@@ -82,6 +84,29 @@ class AttachBlock(_Block):
 
     permute: bool = Field(False, description="reorder chosen heads and channels so that their slices are dense; same result")
     exclude: list[str] = Field([], description="adapter folders whose entries stay frozen, so that the results can be fused")
+    lora: dict[str, Any] | None = Field(
+        None, description="fields of LoraConfig: put LoRA on the model first, choose among its tensors"
+    )
+    accumulation: Literal["none", "exact", "lean"] | None = Field(
+        None, description="how gradients of several passes add up while entries are chosen; exact where there are several passes"
+    )
+    oversampling: int = Field(10, ge=1, description="candidates kept per entry to be chosen under accumulation: lean")
+    bias_correction: Literal["global", "per_entry"] = Field(
+        "global", description="Adam's correction by the update's number, or by the entry's age"
+    )
+    clip: Literal["selected", "dense"] = Field(
+        "selected", description="the norm that max_grad_norm bounds: of the chosen entries' gradient, or of the whole"
+    )
+    decay: Literal["zero", "start"] = Field("zero", description="what weight decay pulls toward: zero, or the base's value")
+
+    def updates(self, passes: int) -> Updates:
+        """How updates are made with `passes` backward passes each.
+
+        Raises:
+            ValueError: for options that exclude each other.
+        """
+        options = {key: getattr(self, key) for key in UPDATES if key != "accumulation"}
+        return Updates(accumulation=self.accumulation or ("exact" if passes > 1 else "none"), **options)
 
 
 class EvaluateBlock(_Block):
@@ -139,6 +164,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         problems += [_explain(e) for e in error.errors()]
     problems += _method_problems(raw["method"])
     problems += _train_problems(raw.get("train", {}))
+    problems += _lora_problems("attach.lora", (config.attach.lora if config else None) or {})
     if problems:
         lead = "" if len(problems) == 1 else f"{len(problems)} problems in the run file:\n  "
         raise ValueError(lead + "\n  ".join(problems))
@@ -252,9 +278,7 @@ def _method_problems(method: Any) -> list[str]:
         return []  # pydantic has said so
     name = method.get("name")
     if name in PEFT_METHODS:
-        from peft import LoraConfig
-
-        return _unknown("method", method.keys() - {"name"}, [f.name for f in dataclasses.fields(LoraConfig)])
+        return _lora_problems("method", method.keys() - {"name"})
     if not isinstance(name, str) or name not in METHODS:
         return [f"method.name={name!r}: unknown; {nearest(str(name), [*METHODS, *PEFT_METHODS])}"]
     try:
@@ -262,6 +286,14 @@ def _method_problems(method: Any) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _lora_problems(block: str, keys: Collection[str]) -> list[str]:
+    if not keys:
+        return []
+    from peft import LoraConfig
+
+    return _unknown(block, keys, [field.name for field in dataclasses.fields(LoraConfig)])
 
 
 def _train_problems(train: Any) -> list[str]:

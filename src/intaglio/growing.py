@@ -181,13 +181,14 @@ class GrowingSlot(Slot):
             raise ValueError(f"resume: {self.name}: the checkpoint's entries lie outside a parameter of {self.target.numel():,}")
         base = torch.cat([state["base"], state["left_base"]]).to(device)
         tuned = torch.cat([self._tuned(state["values"], state["base"]), state["left_values"]]).to(device)
-        live = self.target.detach().take(index)  # the base's, or the trained model's where that was loaded already
-        if base.dtype != self.base_dtype or not (torch.equal(live, base) or torch.equal(live, tuned)):
+        own = self._base_at(index)
+        if base.dtype != self.base_dtype or not (torch.equal(own, base) or torch.equal(own, tuned)):  # tuned: loaded already
             raise ValueError(f"resume: {self.name}: the checkpoint was made on another base model, or in another type")
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         device = self.target.device
+        self.target.put_(torch.cat([self._index, self.left[0]]).long(), torch.cat([self._base, self.left[1]]))
         self.left = (state["left_index"].to(device), state["left_base"].to(device))
         self.target.put_(self.left[0].long(), state["left_values"].to(device))
         self._hold(_Held(*(state[key].to(device) for key in ("index", "values", "base", "born"))))
@@ -197,13 +198,18 @@ class GrowingSlot(Slot):
         self.values.grad = None
 
     def _fresh(self, offset: Tensor, step: int) -> _Held:
-        """Entries as they are in the weight now; one that was trained before has its base in `left`."""
-        live = self.target.detach().take(offset)
-        returned = _find(self.left[0].long(), offset)
-        base = live.clone()
-        base[returned >= 0] = self.left[1][returned[returned >= 0]]
+        """Entries as they are in the weight now."""
+        live, base = self.target.detach().take(offset), self._base_at(offset)
         values = live.to(self.values.dtype) - base.to(self.values.dtype) if self._from_start else live.to(self.values.dtype)
         return _Held(offset.to(self._index), values, base, torch.full_like(offset, step, dtype=torch.int32))
+
+    def _base_at(self, offset: Tensor) -> Tensor:
+        """The base's values at these offsets, whatever was trained since."""
+        base = self.target.detach().take(offset)
+        for index, original in ((self._index, self._base), self.left):
+            place = _find(index.long(), offset)
+            base[place >= 0] = original[place[place >= 0]]
+        return base
 
     def _tuned(self, values: Tensor, base: Tensor) -> Tensor:
         """What the weight holds where these values are trained."""

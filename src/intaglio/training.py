@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import PEFT_METHODS, Config, load_config, sft_config
+from .config import PEFT_METHODS, UPDATES, AttachBlock, Config, load_config, sft_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,8 +119,12 @@ def _refuse_idle_settings(config: Config) -> None:
     from .methods import build
 
     name, is_peft = config.method["name"], config.method["name"] in PEFT_METHODS
-    if is_peft and (config.attach.exclude or config.attach.permute):
+    defaults = AttachBlock.model_validate({})
+    if is_peft and config.attach != defaults:
         raise ValueError(f"attach: has no effect with method.name={name!r}; drop the block")
+    idle = [key for key in UPDATES if getattr(config.attach, key) != getattr(defaults, key)]
+    if idle and build(config.method).phase != "update":
+        raise ValueError(f"attach.{idle[0]}: has no effect, method.name={name!r} chooses before training; drop it")
     if "calibration" in config.data.model_fields_set and (is_peft or not build(config.method).needs_probe):
         raise ValueError(f"data.calibration: has no effect, method.name={name!r} as set looks at no data; drop it")
 
@@ -154,6 +158,8 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
         run.model = trainer.model
         return trainer
     chosen = build(method)
+    if run.config.attach.lora is not None:
+        run.model = _with_lora(run.model, run.config.attach.lora, run.arguments.seed)
     probe = selection = None
     if chosen.needs_probe and checkpoint is not None:
         selection = Delta.load(checkpoint).selection  # looking at data again could tip a tie
@@ -161,8 +167,19 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
         batches = calibration_batches(run.model, run.examples.sample(run.config.data.calibration), **common)
         probe = Batches(tqdm(batches, desc="calibrate", leave=False))
     options = {"exclude": run.exclude, "permute": run.config.attach.permute, "selection": selection}
+    if chosen.phase == "update":
+        options["updates"] = run.config.attach.updates(run.arguments.gradient_accumulation_steps)
     run.tuner = attach(run.model, chosen, probe=probe, **options)
     return SparseTrainer(run.tuner, **common)
+
+
+def _with_lora(model: Any, fields: dict[str, Any], seed: int) -> Any:
+    """The model with LoRA on it, the same for every run of a seed."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    return get_peft_model(model, _lora(fields))
 
 
 def _lora(method: dict[str, Any]) -> Any:

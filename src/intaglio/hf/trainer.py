@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,29 +20,36 @@ import safetensors
 import safetensors.torch
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
+from .. import adapters
+
 if TYPE_CHECKING:
+    from ..streaming import Unmasking
     from ..tuner import Tuner
+    from ..updates import Updates
 
 __all__ = [
     "CheckpointedSFTTrainer",
+    "SparseMixin",
     "SparseTrainer",
     "calibration_batches",
     "last_checkpoint",
     "load_tuner_state",
+    "optimizer_cls_and_kwargs",
     "save_tuner_state",
 ]
 
 STATE, COMPLETE = "tuner_state.safetensors", "complete.json"
 
 
-class CheckpointedSFTTrainer(SFTTrainer):
-    """An SFTTrainer that marks each checkpoint complete once all of it is on disk."""
+class _Marked:
+    """Mixin: marks each checkpoint complete once all of it is on disk."""
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]  # a Trainer's
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists() and not self.args.save_only_model:
             _write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}).encode())
@@ -50,20 +58,25 @@ class CheckpointedSFTTrainer(SFTTrainer):
         """Write none: the adapter has its own, and the Trainer's would describe a full model."""
 
 
-class SparseTrainer(CheckpointedSFTTrainer):
-    """SFTTrainer for an attached model.
+class CheckpointedSFTTrainer(_Marked, SFTTrainer):
+    """An SFTTrainer whose checkpoints are marked complete."""
+
+
+class SparseMixin(_Marked):
+    """Makes any Trainer train an attached model: `class SparseDPOTrainer(SparseMixin, DPOTrainer): pass`.
 
     Args:
         tuner: what `attach` returned; its model is trained.
-        kwargs: SFTTrainer's arguments, without `model` and `peft_config`.
+        kwargs: the Trainer's arguments, without `model` and `peft_config`.
 
     Raises:
-        ValueError: under DeepSpeed or FSDP, and under data parallelism where a gradient is gathered outside the graph.
+        ValueError: under DeepSpeed or FSDP, under data parallelism where a gradient is gathered outside the graph, and where
+            gradients add up over several passes in a way that the tuner was not told.
     """
 
-    def __init__(self, tuner: Tuner, **kwargs: Any) -> None:
+    def __init__(self: Any, tuner: Tuner, **kwargs: Any) -> None:
         self.tuner = tuner
-        super().__init__(model=tuner.model, **kwargs)  # type: ignore[arg-type]  # an attached PreTrainedModel
+        super().__init__(model=tuner.model, **kwargs)  # type: ignore[call-arg]  # a Trainer's
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("DeepSpeed and FSDP shard the weights that sparse training writes to; use one process or DDP")
         if self.args.n_gpu > 1:
@@ -71,12 +84,15 @@ class SparseTrainer(CheckpointedSFTTrainer):
         gathered = [slot.name for slot in tuner.slots if slot.is_gathered]
         if self.args.world_size > 1 and gathered:
             raise ValueError(f"{gathered[0]}: gradients of scattered entries are not reduced over processes; use one process")
+        if tuner.unmasking is not None:
+            _check_updates(tuner.unmasking.updates, self.args)
+            self.add_callback(_Length(tuner.unmasking))
         checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
         if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             model: Any = tuner.model
             model.enable_input_require_grads()  # else the frozen embedding cuts every gradient off
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `train.optim` names, over the slots alone; norms and biases are not decayed, as usual."""
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.tuner.model))
@@ -84,22 +100,85 @@ class SparseTrainer(CheckpointedSFTTrainer):
                 {"params": [s.values for s in self.tuner.slots if s.name in decayed], "weight_decay": self.args.weight_decay},
                 {"params": [s.values for s in self.tuner.slots if s.name not in decayed], "weight_decay": 0.0},
             ]
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
+            given = self.optimizer_cls_and_kwargs
+            cls, kwargs = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = self.tuner.watch(cls([group for group in groups if group["params"]], **kwargs))
         return self.optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _clip_grad_norm(self: Any, model: nn.Module) -> Tensor:
+        return self.tuner.clip_grad_norm_(self.args.max_grad_norm)
+
+    def log(self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log how many entries are unmasked beside the loss."""
+        if self.tuner.unmasking is not None and "loss" in logs:
+            logs["unmasked"] = self.tuner.unmasking.chosen
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]  # a Trainer's
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = self.tuner.save(output_dir or self.args.output_dir or ".")
         save_tuner_state(self.tuner, folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_tuner_state(self.tuner, resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
+    def _load_best_model(self: Any) -> None:
         assert self.state.best_model_checkpoint is not None
         load_tuner_state(self.tuner, self.state.best_model_checkpoint)
+
+
+class SparseTrainer(SparseMixin, SFTTrainer):
+    """SFTTrainer for an attached model; arguments and errors as `SparseMixin`."""
+
+
+class _Length(TrainerCallback):
+    """Tells a method that needs it how many updates the run makes."""
+
+    def __init__(self, unmasking: Unmasking) -> None:
+        self._unmasking = unmasking
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._unmasking.set_steps(state.max_steps)
+
+
+def _check_updates(updates: Updates, args: Any) -> None:
+    passes = args.gradient_accumulation_steps
+    if passes > 1 and updates.accumulation == "none":
+        raise ValueError(
+            f"gradient_accumulation_steps={passes}: say how gradients add up, with updates=Updates(accumulation='exact') (keeps "
+            "whole gradients between passes) or 'lean' (keeps candidates, approximate)"
+        )
+    if args.fp16 and updates.accumulation == "exact":
+        raise ValueError("fp16 with accumulation='exact': the scaler cannot unscale whole gradients; use bf16, or 'lean'")
+
+
+def optimizer_cls_and_kwargs(
+    tuner: Tuner, cls: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
+) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """What `Trainer(model=tuner.model, optimizer_cls_and_kwargs=…)` takes, for a Trainer that cannot be subclassed.
+
+    The optimizer is made over the slots, each in the group (weight decay or not) of its weight. Such a Trainer saves whole
+    models in its checkpoints; `SparseMixin` saves adapters. A method that needs the length of the run must be given it.
+
+    Args:
+        tuner: what `attach` returned.
+        cls: the optimizer.
+        kwargs: its arguments.
+
+    Example:
+        >>> trainer = Trainer(model=tuner.model, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(tuner, lr=1e-4), ...)
+    """
+
+    def build(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+        ours = []
+        for group in groups:
+            members = {id(p) for p in group["params"]}
+            mine = [s.values for s in tuner.slots if id(s.target if s.target.requires_grad else s.values) in members]
+            ours.append(group | {"params": mine})
+        return tuner.watch(cls([group for group in ours if group["params"]], **options))
+
+    return build, kwargs
 
 
 def calibration_batches(model: nn.Module, rows: list[dict[str, Any]], **kwargs: Any) -> list[dict[str, Any]]:
@@ -143,6 +222,8 @@ def load_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
     except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
+    if adapters.is_peft(tuner.model):
+        adapters.load(tuner.model, folder)  # the entries that are not chosen differ from run to run: LoRA starts at random
     state["slots"] = {key.removeprefix("slots/"): t for key, t in tensors.items() if key.startswith("slots/")}
     state["state"] |= {key.removeprefix("state/"): t for key, t in tensors.items() if key.startswith("state/")}
     tuner.load_state_dict(state)
