@@ -112,11 +112,23 @@ def test_evaluate_gives_the_runs_own_score(place):
     assert base["adapter"] is None
 
 
-@pytest.mark.parametrize("method", ["s2ft", "random", "full", "lora"])
+RESUMED = {
+    "s2ft": ["method={name: s2ft, o: 0.5, down: 0.25}"],
+    "random": ["method={name: random, budget: 500}"],
+    "full": ["method={name: full}"],
+    "lora": ["method={name: lora}"],
+    "id3": ["method={name: id3, budget: 503}"],
+    "id3-lean": ["method={name: id3, budget: 503}", "attach={accumulation: lean, decay: start}", "train.gradient_accumulation_steps=2"],
+    "id3-lora": ["method={name: id3, budget: 0.3}", "attach={lora: {r: 4}, bias_correction: per_entry}"],
+    "repeat": ["method={name: id3, budget: 100, mode: repeat}"],
+    "gradient": ["method={name: gradient, budget: 500}", "train.gradient_accumulation_steps=2"],
+}
+
+
+@pytest.mark.parametrize("method", RESUMED)
 def test_resume_in_a_new_process_is_bit_exact(place, method):
     """10 steps = 5, a crash, and 5 in a new process; the model is bf16, so full-precision values must survive too."""
-    block = {"s2ft": "{name: s2ft, o: 0.5, down: 0.25}", "random": "{name: random, budget: 500}"}
-    settings = [f"method={block.get(method, '{name: ' + method + '}')}", "model.dtype=bfloat16", "evaluate.before=false"]
+    settings = [*RESUMED[method], "model.dtype=bfloat16", "evaluate.before=false", "train.weight_decay=0.1"]
     settings += ["evaluate.limit=1", f"train.output_dir=runs/{method}"]
     intaglio("train", "run.yaml", *settings, cwd=place)
     folder = place / f"runs/{method}"
