@@ -118,7 +118,11 @@ RESUMED = {
     "full": ["method={name: full}"],
     "lora": ["method={name: lora}"],
     "id3": ["method={name: id3, budget: 503}"],
-    "id3-lean": ["method={name: id3, budget: 503}", "attach={accumulation: lean, decay: start}", "train.gradient_accumulation_steps=2"],
+    "id3-lean": [
+        "method={name: id3, budget: 503}",
+        "attach={accumulation: lean, decay: start}",
+        "train.gradient_accumulation_steps=2",
+    ],
     "id3-lora": ["method={name: id3, budget: 0.3}", "attach={lora: {r: 4}, bias_correction: per_entry}"],
     "repeat": ["method={name: id3, budget: 100, mode: repeat}"],
     "gradient": ["method={name: gradient, budget: 500}", "train.gradient_accumulation_steps=2"],

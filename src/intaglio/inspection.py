@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import insight
 from .delta import Delta
 from .run_folder import adapter_of
 from .selection import Entries, Selection, Slices
@@ -36,7 +37,8 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
 
     Returns:
         method, base, bytes, entries, `of` and `share` of the model (None where unknown), `projections` (per projection
-        its kind, entries and chosen slices per layer), `other` parameters, `picture`, and with `other` the `overlap`.
+        its kind, entries and chosen slices per layer), `other` parameters, `picture`, with `other` the `overlap`, and for
+        a run that chose while it trained `unmasking`: updates, entry updates, overlaps, entries per kind, its picture.
 
     Raises:
         ValueError: for a missing or damaged adapter, a picture that is no .png, or adapters of different models.
@@ -50,10 +52,12 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
     delta = Delta.load(adapter)
     overlap = None if other is None else _overlap(delta, Delta.load(adapter_of(other)[0]))
     projections, rest = grid(delta.selection)
+    unmasking = _unmasking(path, picture.with_name("unmasking.png")) if run is not None else {}
     result = _summary(path, delta, run) | {
         "projections": {name: _counts(layers) for name, layers in projections.items()},
         "other": rest,
         "picture": None,
+        **unmasking,
     }
     if projections:
         from .report.heatmap import plot_selection
@@ -66,6 +70,32 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
     return result if overlap is None else result | {"with": str(other), "overlap": overlap}
 
 
+def _unmasking(path: Path, picture: Path) -> dict[str, Any]:
+    """What a run's record of unmasking says, and its picture; nothing where the method chose before training."""
+    record = insight.read(path / insight.FILE)
+    if record is None or not record["chosen"]:
+        return {}
+    from .report.growth import plot_growth
+
+    places = places_of({name: len(shape) for name, shape in record["shapes"].items()})
+    kinds: dict[str, list[int]] = {}
+    layers: dict[int, list[int]] = {}
+    for name, counts in record["chosen"].items():
+        kind = places[name].projection if name in places else re.sub(r"\.\d+\.", ".*.", name)
+        _add(kinds, kind, counts)
+        if match := re.search(r"\.(\d+)\.", name):
+            _add(layers, int(match[1]), counts)
+    title = f"{record['touched']:,} entries unmasked in {record['updates']:,} updates"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    shown = str(plot_growth(record["at"], kinds, layers, title, picture))
+    figures = {key: record[key] for key in ("updates", "budget", "trained", "touched", "writes", "overlap")}
+    return {"unmasking": figures | {"kinds": {kind: counts[-1] for kind, counts in kinds.items()}, "picture": shown}}
+
+
+def _add(totals: dict[Any, list[int]], key: Any, counts: list[int]) -> None:
+    totals[key] = [a + b for a, b in zip(totals[key], counts, strict=True)] if key in totals else list(counts)
+
+
 def grid(selection: Selection) -> tuple[dict[str, dict[int, list[Entries]]], dict[str, dict[str, Any]]]:
     """Sort parameters into layers × projections.
 
@@ -73,7 +103,7 @@ def grid(selection: Selection) -> tuple[dict[str, dict[int, list[Entries]]], dic
         (projection → layer → entries, everything else: name with layers as `*` → kind, parameters, entries).
         A cell holds several entries where a layer has several such weights (experts).
     """
-    places = _places(selection)
+    places = places_of({name: len(entries.shape) for name, entries in selection.items()})
     projections: dict[str, dict[int, list[Entries]]] = {}
     rest: dict[str, dict[str, Any]] = {}
     for name, entries in selection.items():
@@ -98,9 +128,9 @@ def _order(places: Mapping[str, _Place]) -> dict[str, int]:
     return order
 
 
-def _places(selection: Selection) -> dict[str, _Place]:
-    """The matrices of a stack of layers; norms, biases and embeddings are none."""
-    found = {n: m for n, e in selection.items() if len(e.shape) > 1 and (m := _LAYERED.fullmatch(n))}
+def places_of(dims: Mapping[str, int]) -> dict[str, _Place]:
+    """The matrices of a stack of layers, by parameter name and number of dimensions; norms, biases, embeddings are none."""
+    found = {n: m for n, dim in dims.items() if dim > 1 and (m := _LAYERED.fullmatch(n))}
     stacks = {match["stack"] for match in found.values()}
     places = {}
     for name, match in found.items():
@@ -161,7 +191,7 @@ def _overlap(one: Delta, two: Delta) -> dict[str, Any]:
             shapes = f"{list(one.selection[name].shape)} and {list(two.selection[name].shape)}"
             raise ValueError(f"{name}: shapes {shapes}: these are adapters of different models")
         both[name] = Selection({name: one.selection[name]}).overlap({name: two.selection[name]})
-    places = _places(one.selection)
+    places = places_of({name: len(entries.shape) for name, entries in one.selection.items()})
     projections: dict[str, int] = {}
     for name, count in both.items():
         key = places[name].projection if name in places else "other"

@@ -13,7 +13,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import adapters
 from .budget import TopK
 from .growing import GrowingSlot
-from .selection import Selection, Whole
+from .selection import Selection, Whole, from_flat
 from .slots import Slots
 from .update_method import UpdateMethod
 from .updates import Updates, correct_ages, follow, refuse_optimizer
@@ -32,7 +32,19 @@ __all__ = ["Unmasking", "scan"]
 CHUNK, BLOCK = 1 << 20, 1 << 10  # entries scored at a time; entries whose largest gradient is looked at first
 
 
-def scan(gradient: Tensor, weight: Tensor, method: UpdateMethod, best: TopK, rank: int, barred: list[Tensor]) -> bool:
+class Scorer(Protocol):
+    """What `scan` asks of a method."""
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """As `UpdateMethod.score`."""
+        ...
+
+    def reach(self, score: float) -> float:
+        """As `UpdateMethod.reach`."""
+        ...
+
+
+def scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: int, barred: list[Tensor]) -> bool:
     """Add one tensor's entries to the best so far; False, and nothing added, where a gradient is not finite.
 
     Args:
@@ -151,6 +163,7 @@ class Unmasking:
         self._queued = self._damaged = False
         self._square = torch.zeros((), dtype=torch.float64)
         self._before: dict[str, Tensor] = {}
+        self._first: TopK | None = None
 
     @property
     def chosen(self) -> int:
@@ -265,6 +278,19 @@ class Unmasking:
         for pool in self._pools:
             pool.best = pool.wanted = None
 
+    def rank_first_gradients(self) -> None:
+        """Also keep what the first update's largest |gradient| would choose, a budget's worth: for comparison."""
+        if self.step == 0:
+            self._first = TopK(sum(self.budgets))
+
+    @property
+    def first_gradients(self) -> Selection | None:
+        """What a static choice by |gradient| at the first update would have trained; None where that was not kept."""
+        if self._first is None or self.step == 0:
+            return None
+        slots, winners = list(self.slots.values()), _by_rank(*self._first.winners())
+        return Selection({slots[r].name: from_flat(tuple(slots[r].target.shape), o.sort().values) for r, (o, _) in winners})
+
     def _take(self, rank: int, slot: GrowingSlot, gradient: Tensor) -> None:
         """Keep what is needed of one gradient; it may be overwritten."""
         self._seen.add(slot.name)
@@ -273,6 +299,10 @@ class Unmasking:
             self._square += torch.linalg.vector_norm(flat, dtype=torch.float32).cpu().double().square()
         finite = bool(slot.receive(flat).isfinite().all())
         best = self._best(self._member[slot.name])
+        if self.step == 0 and self._first is not None:
+            barred = [] if slot.excluded is None else [slot.excluded]
+            if not scan(flat, slot.target.detach().reshape(-1), _Size(), self._first, rank, barred):
+                self._first = None
         if finite and best is not None:
             finite = self._score(rank, slot, flat, best)
         self._damaged = self._damaged or not finite
@@ -353,6 +383,17 @@ class Unmasking:
             correct_ages(optimizer, self.slots.values(), self._before, self.step)
             self._before = {}
         self._close()
+
+
+@final
+class _Size:
+    """Scores by |gradient| alone."""
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.float().abs()
+
+    def reach(self, score: float) -> float:
+        return max(score, 0.0)
 
 
 @final

@@ -5,6 +5,7 @@ OUTPUT/
   adapter/            the result: a Delta (or a PEFT folder, for PEFT's own methods)
   check.safetensors   a few prompts and the tuned model's logits, for `intaglio verify`
   answers.jsonl       every held-out answer, before and after
+  unmasking.json      where the budget went, update by update, for methods that choose while training
   loss.png accuracy.png
   checkpoint-N/       while it runs
 """
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "train"]
 
-_OURS = ("run.json", "adapter", "check.safetensors", "answers.jsonl", "loss.png", "accuracy.png")
+UNMASKING = "unmasking.json"
+_OURS = ("run.json", "adapter", "check.safetensors", "answers.jsonl", "loss.png", "accuracy.png", UNMASKING, "unmasking.png")
 
 
 def train(
@@ -89,6 +91,7 @@ class Run:
     model: Any  # PreTrainedModel, or a PeftModel
     exclude: Selection
     tuner: Any = None  # Tuner, where the method is ours
+    insight: Any = None  # Insight, where the method chooses while training
     answers: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -147,6 +150,7 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
 
     from .delta import Delta
     from .hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches
+    from .insight import Insight
     from .methods import build
     from .probe import Batches
     from .tuner import attach
@@ -170,6 +174,8 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     if chosen.phase == "update":
         options["updates"] = run.config.attach.updates(run.arguments.gradient_accumulation_steps)
     run.tuner = attach(run.model, chosen, probe=probe, **options)
+    if run.tuner.unmasking is not None:
+        run.insight = Insight(run.tuner)
     return SparseTrainer(run.tuner, **common)
 
 
@@ -216,6 +222,8 @@ def _save(run: Run, trainer: Any) -> Path:
     from .hf.verify import save_check
 
     adapter = run.output / "adapter"
+    if run.insight is not None:
+        run.insight.save(run.output / UNMASKING)
     if run.tuner is not None:
         run.tuner.save(adapter)
         run.tuner.detach()

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..selection import Entries, Slices
 
-__all__ = ["Panel", "density_panel", "plot_selection", "position_panel"]
+__all__ = ["COLOURS", "Panel", "density_panel", "plot_selection", "position_panel"]
 
 _BINS = 128
 _COLUMNS = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 6: 3}  # number of panels → side by side; 4 beyond
 # One hue from light to dark: the order is readable in grey and to every kind of colour vision.
-_COLOURS = LinearSegmentedColormap.from_list("chosen", ["#eef2f5", "#a9cbdd", "#3b8db5", "#0b5f86", "#06304a"])
+COLOURS = LinearSegmentedColormap.from_list("chosen", ["#eef2f5", "#a9cbdd", "#3b8db5", "#0b5f86", "#06304a"])
 
 Layers = Mapping[int, Sequence[Entries]]
 
@@ -128,7 +128,7 @@ def _draw(figure: Figure, axes: Any, panel: Panel) -> None:
     left, right = (-0.5, bins - 0.5) if bins == panel.span else (0, panel.span)
     top = 1.0 if panel.is_binary else max(panel.share.max().item(), 1e-9)
     image = axes.imshow(
-        panel.share.numpy(), aspect="auto", interpolation="nearest", cmap=_COLOURS, vmin=0, vmax=top,
+        panel.share.numpy(), aspect="auto", interpolation="nearest", cmap=COLOURS, vmin=0, vmax=top,
         extent=(left, right, depth - 0.5, -0.5),
     )  # fmt: skip
     axes.set_title(panel.title, fontsize=11)

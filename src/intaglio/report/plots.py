@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["plot_accuracy", "plot_loss"]
+__all__ = ["plot_accuracy", "plot_loss", "save"]
 
 _BEFORE, _AFTER = "#8da0b3", "#0b6e99"
 
@@ -31,7 +31,7 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> Path:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_accuracy(before: Mapping[str, Any] | None, after: Mapping[str, Any], path: Path) -> Path:
@@ -57,9 +57,10 @@ def plot_accuracy(before: Mapping[str, Any] | None, after: Mapping[str, Any], pa
     axes.set(ylabel="held-out examples (%)", title=f"Accuracy on {after['total']} held-out examples", ylim=(0, 112))
     axes.set_yticks(range(0, 101, 20))
     axes.legend(loc="upper left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG and return the path."""
     FigureCanvasAgg(figure).print_png(str(path))
     return path

@@ -105,10 +105,23 @@ def _inspect(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", f"{result['bytes'] / 1e6:.2f} MB"
     for name, record in result["other"].items():
         yield "other", f"{name}: {record['entries']:,} entries ({record['kind']}) in {record['parameters']} parameter(s)"
+    if "unmasking" in result:
+        yield from _unmasking(result["unmasking"])
     if "overlap" in result:
         yield from _overlap(result)
     if result["picture"] is not None:
         yield "picture", result["picture"]
+
+
+def _unmasking(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    static = record["budget"] * record["updates"]
+    yield "unmasked", f"{record['touched']:,} entries in {record['updates']:,} updates, {record['trained']:,} trained at the end"
+    yield "writes", f"{record['writes']:,} single updates = {record['writes'] / static:.1%} of a static choice's {static:,}"
+    for kind, entries in sorted(record["kinds"].items(), key=lambda item: -item[1]):
+        yield "", f"{kind}: {entries:,}"
+    for name, shared in record["overlap"].items():
+        yield "in common", f"{shared['entries']:,} = {shared['share']:.1%} with the {name}"
+    yield "picture", record["picture"]
 
 
 def _overlap(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
