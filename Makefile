@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test peft-suite lint format clean help
+.PHONY: demo test peft-suite selective-parity lint format clean help
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
 	@echo "make test    the whole test-suite        make lint    ruff, pyright, import-linter"
 	@echo "make peft-suite  PEFT's own tests on our configs (fetches its source distribution)"
+	@echo "make selective-parity  bit-equality with the authors' ID3 (fetches selective-optimizers 0.4)"
 	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
 
 # Torch first, so that nothing else pulls a build of its choice. Where the default index serves a CUDA build (Linux) and
@@ -47,6 +48,15 @@ build/peft/.ready: $(READY)
 
 peft-suite: build/peft/.ready
 	$(BIN)/python tests/peft_suite/run.py build/peft $(ARGS)
+
+# The authors' ID3, in a folder of its own: nothing else needs it, and it declares no dependencies.
+build/selective/.ready: $(READY)
+	rm -rf build/selective && mkdir -p build/selective
+	$(PIP) --no-deps --target build/selective selective-optimizers==0.4
+	touch $@
+
+selective-parity: build/selective/.ready
+	PYTHONPATH=build/selective $(BIN)/python -m pytest tests/test_selective_parity.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The ways to fine-tune that `step.py` compares, and the shapes they run on."""
+"""The ways to fine-tune that `step.py` compares, the shapes they run on, and a step of any of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch import nn
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                      "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True},
+    # no tensor above 2^20 entries: what a method holds beside one tensor's gradient shows
+    "llama-73m": {"hidden_size": 512, "num_hidden_layers": 17, "num_attention_heads": 8, "intermediate_size": 2048,
+                  "vocab_size": 2000},
     "llama-3.2-1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
                      "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True},
     "llama-3.2-3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
@@ -26,6 +29,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 READERS = ["o_proj", "down_proj"]
+
+
+def build(task: dict[str, Any]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The task's model with random weights, on the GPU if there is one, and a batch for it."""
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    shape = SHAPES[task["shape"]] | task.get("changed", {})
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=max(2048, task["length"]), use_cache=False)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, task["dtype"]))
+    model.train()
+    ids = torch.randint(0, shape["vocab_size"], (task["batch"], task["length"]), device=device)
+    return model, {"input_ids": ids, "labels": ids}
 
 
 def floor(model: nn.Module, rank: int) -> Step:
@@ -68,7 +86,7 @@ def lora_same_targets(model: nn.Module, rank: int) -> Step:
     from peft import LoraConfig
 
     widths = sum(sum(m.weight.shape) for n, m in model.named_modules() if n.endswith(tuple(READERS)))
-    return _peft(model, LoraConfig(r=round(_trainable(model, rank) / widths), target_modules=READERS))
+    return _peft(model, LoraConfig(r=round(trainable(model, rank) / widths), target_modules=READERS))
 
 
 def dora(model: nn.Module, rank: int) -> Step:
@@ -131,7 +149,9 @@ class Step:
         watch: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] = lambda optimizer: optimizer,
     ) -> None:
         self.model, self.trainable = model, sum(p.numel() for p in parameters)
-        self.optimizer = watch(torch.optim.AdamW(parameters, lr=1e-4)) if parameters else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if parameters:
+            self.optimizer = watch(torch.optim.AdamW(parameters, lr=1e-4))
 
     def run(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         """Seconds of forward, backward and optimizer."""
@@ -178,7 +198,12 @@ def _peft(model: nn.Module, config: Any, *, autocast_adapter_dtype: bool = False
     return Step(wrapped, [p for p in wrapped.parameters() if p.requires_grad])
 
 
-def _trainable(model: nn.Module, rank: int) -> int:
+def size(model: nn.Module) -> int:
+    """Weights of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trainable(model: nn.Module, rank: int) -> int:
     """Trainable numbers of LoRA on all linear layers: what the others match."""
     return rank * sum(sum(m.weight.shape) for n, m in model.named_modules() if n.endswith(tuple(ALL_LINEAR)))
 
@@ -188,7 +213,7 @@ def _s2ft(model: nn.Module, rank: int) -> Any:
 
     config = model.config
     head = config.hidden_size * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    wanted = _trainable(model, rank)
+    wanted = trainable(model, rank)
     heads = max(1, round(wanted / 2 / head))
     return S2FT(o=heads, down=max(1, round((wanted - heads * head) / config.hidden_size)))
 

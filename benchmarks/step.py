@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS, SHAPES, Step
+from contestants import CONTESTANTS, SHAPES, build
+from turns import child, device, measure
 
 GRIDS = {
     "figure5": [(shape, t, b) for shape in ("llama-7b", "llama-13b") for t in (512, 1024) for b in (1, 2)],
@@ -38,103 +36,24 @@ GRIDS = {
 }
 
 
-def child(task: dict[str, Any]) -> None:
-    """Build one contestant, then take a turn for every line on standard input."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # the libraries may print
-
-    def tell(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
-    try:
-        step, batch, kept = _start(task)
-        tell({"trainable": step.trainable, **kept})
-        for _ in sys.stdin:
-            tell(_turn(step, batch, task["steps"]))
-    except torch.OutOfMemoryError:
-        tell({"oom": True})
-
-
-def _start(task: dict[str, Any]) -> tuple[Step, dict[str, torch.Tensor], dict[str, int]]:
-    """The contestant, its batch and the bytes it keeps; two steps are made."""
-    import transformers
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    shape = SHAPES[task["shape"]]
-    config = transformers.LlamaConfig(**shape, max_position_embeddings=max(2048, task["length"]), use_cache=False)
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, task["dtype"]))
-    model.train()
-    step = CONTESTANTS[task["contestant"]][1](model, task["rank"])
-    ids = torch.randint(0, shape["vocab_size"], (task["batch"], task["length"]), device=device)
-    batch = {"input_ids": ids, "labels": ids}
-    kept = step.bytes_kept(batch)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step.run(batch)
-    return step, batch, kept
-
-
-def _turn(step: Step, batch: dict[str, torch.Tensor], steps: int) -> dict[str, Any]:
+def start(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """The contestant's counts, and its turns; two steps are made."""
     from intaglio.hf.meter import peak_memory
 
-    step.run(batch)  # warm the caches that the others have taken
-    times = [step.run(batch) for _ in range(steps)]
-    memory, kind = peak_memory()
-    return {"times": times, "peak_memory": memory, "memory_kind": kind}
+    model, batch = build(task)
+    step = CONTESTANTS[task["contestant"]][1](model, task["rank"])
+    kept = step.bytes_kept(batch)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    step.run(batch)
 
+    def turn() -> dict[str, Any]:
+        step.run(batch)  # warm the caches that the others have taken
+        times = [step.run(batch) for _ in range(task["steps"])]
+        memory, kind = peak_memory()
+        return {"times": times, "peak_memory": memory, "memory_kind": kind}
 
-class Contestant:
-    """The parent's end of a child."""
-
-    def __init__(self, name: str, task: dict[str, Any]) -> None:
-        command = [sys.executable, __file__, "--child", json.dumps(task | {"contestant": name})]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.result: dict[str, Any] = {"label": CONTESTANTS[name][0], "times": []} | self._answer()
-
-    def turn(self) -> None:
-        if "oom" in self.result:
-            return
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        self.result["times"] += answer.pop("times", [])
-        self.result |= answer
-
-    def close(self) -> dict[str, Any]:
-        self.process.communicate()
-        return self.result
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a contestant died, see above: {self.process.args}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-def measure(task: dict[str, Any], names: list[str], rounds: int, *, one_by_one: bool) -> dict[str, Any]:
-    """Rounds of turns."""
-    groups = [[name] for name in names] if one_by_one else [names]
-    results = {}
-    for group in groups:
-        running = {name: Contestant(name, task) for name in group}
-        for turn in range(rounds):
-            print(f"round {turn + 1} of {rounds}: {', '.join(group)}", file=sys.stderr)
-            for contestant in running.values():
-                contestant.turn()
-        results |= {name: contestant.close() for name, contestant in running.items()}
-    return {"task": task, "results": {name: _summary(result) for name, result in results.items()}}
-
-
-def _summary(result: dict[str, Any]) -> dict[str, Any]:
-    times = result.pop("times")
-    if "oom" in result:
-        return result
-    medians = {part: statistics.median(t[part] for t in times) for part in times[0]}
-    return result | {"seconds": medians, "fastest": min(t["total"] for t in times), "steps": len(times)}
+    return {"trainable": step.trainable, **kept}, turn
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -224,7 +143,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(json.loads(arguments.child))
+        child(start, json.loads(arguments.child))
         return
     cells = GRIDS[arguments.grid] if arguments.grid else [(arguments.shape, arguments.length, arguments.batch)]
     common = {"dtype": arguments.dtype, "rank": arguments.rank, "steps": arguments.steps}
@@ -232,21 +151,20 @@ def main() -> None:
     for shape, length, batch in cells:
         task = common | {"shape": shape, "length": length, "batch": batch}
         names = arguments.only or [n for n in CONTESTANTS if n != "lora_fp32" or arguments.dtype != "float32"]
-        measured.append(measure(task, names, arguments.rounds, one_by_one=arguments.one_by_one))
+        labels = {name: CONTESTANTS[name][0] for name in names}
+        results = measure(labels, task, arguments.rounds, one_by_one=arguments.one_by_one)
+        measured.append({"task": task, "results": results})
         print(table(measured[-1]))
         _write(measured, arguments.output)  # after each cell: a long grid may be stopped
 
 
 def _write(measured: list[dict[str, Any]], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
     head = (
-        f"# Cost of a step\n\n`python {' '.join(sys.argv)}` on {device}, torch {torch.__version__}. Seconds are medians; their "
+        f"# Cost of a step\n\n`python {' '.join(sys.argv)}` on {device()}. Seconds are medians; their "
         "ratios compare the fastest steps, to which other work on the machine has added least.\n\n"
     )
-    output.with_suffix(".json").write_text(json.dumps({"device": device, "cells": measured}, indent=1) + "\n")
+    output.with_suffix(".json").write_text(json.dumps({"device": device(), "cells": measured}, indent=1) + "\n")
     output.with_suffix(".md").write_text(head + "\n".join(table(cell) for cell in measured))
     for cell in measured:
         task = cell["task"]
