@@ -20,20 +20,23 @@ from peft_tools import BF16, FP32, RANDOM, S2FT, applied, delta_folder, logits, 
 # Settings that choose something in a tiny model; a method without a row runs on its defaults.
 SETTINGS = {
     "s2ft": {"o": 0.5, "down": 0.25, "v": 0.5},
+    "id3": {"budget": 0.05, "steps": 2},
+    "gradient": {"budget": 0.05},
+    "snip": {"budget": 0.05},
     "random": {"budget": 0.05},
     "pafi": {"budget": 0.02},
     "shira": {"budget": 0.05},
     "fishmask": {"budget": 0.02},
     "bitfit": {"tensors": "one_dimensional"},
 }
-AT_START = {name: SETTINGS.get(name, {}) for name, cls in METHODS.items() if cls.phase == "start"}
+EVERY = {name: SETTINGS.get(name, {}) for name in METHODS}
 
 
 MOST = ["gqa_llama", "tied_llama", "fused_phi3", "transposed_gpt2", "mixtral", "bert"]
 
 
 @pytest.mark.parametrize("name", MOST)
-@pytest.mark.parametrize("method", AT_START)
+@pytest.mark.parametrize("method", EVERY)
 def test_every_method_loads_everywhere(method, name, tmp_path):
     """Checklist 16: on a fresh base, by every loader, logits to 1e-5; merged, every bit."""
     check_loaders(name, method, tmp_path)
@@ -46,7 +49,7 @@ def test_whole_weights_reach_every_layout(name, tmp_path):
 
 
 def check_loaders(name, method, tmp_path):
-    folder = delta_folder(tmp_path, {"name": method} | AT_START[method], name)
+    folder = delta_folder(tmp_path, {"name": method} | EVERY[method], name)
     expected = applied(folder, name)
     loaded = PeftModel.from_pretrained(tiny.build(name), folder).eval()
     native = tiny.build(name)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,8 +153,8 @@ def _check_updates(updates: Updates, args: Any) -> None:
 
 
 def optimizer_cls_and_kwargs(
-    tuner: Tuner, cls: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
-) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    tuner: Tuner, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """What `Trainer(model=tuner.model, optimizer_cls_and_kwargs=…)` takes, for a Trainer that cannot be subclassed.
 
     The optimizer is made over the slots, each in the group (weight decay or not) of its weight. Such a Trainer saves whole
@@ -170,15 +169,17 @@ def optimizer_cls_and_kwargs(
         >>> trainer = Trainer(model=tuner.model, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(tuner, lr=1e-4), ...)
     """
 
-    def build(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    def begin(self: torch.optim.Optimizer, groups: list[dict[str, Any]], **options: Any) -> None:
         ours = []
         for group in groups:
             members = {id(p) for p in group["params"]}
             mine = [s.values for s in tuner.slots if id(s.target if s.target.requires_grad else s.values) in members]
             ours.append(group | {"params": mine})
-        return tuner.watch(cls([group for group in ours if group["params"]], **options))
+        cls.__init__(self, [group for group in ours if group["params"]], **options)
+        tuner.watch(self)
 
-    return build, kwargs
+    # A class, since the Trainer takes any other callable for a factory over the whole model.
+    return type(f"Sparse{cls.__name__}", (cls,), {"__init__": begin}), kwargs
 
 
 def calibration_batches(model: nn.Module, rows: list[dict[str, Any]], **kwargs: Any) -> list[dict[str, Any]]:
