@@ -29,7 +29,7 @@ from .updates import Updates, correct_ages, follow, refuse_optimizer
 
 __all__ = ["Unmasking", "scan"]
 
-CHUNK, BLOCK = 1 << 20, 1 << 10  # entries scored at a time; entries whose largest gradient is looked at first
+CHUNK, BLOCK = 1 << 18, 1 << 10  # entries scored at a time; entries whose largest gradient is looked at first
 
 
 class Scorer(Protocol):
