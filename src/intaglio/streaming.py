@@ -148,8 +148,10 @@ class Unmasking:
             barred = exclude[name].flat() if name in exclude else None
             self.slots[name] = GrowingSlot(name, parameters[name], barred, from_start=updates.decay == "start")
         self._seen: set[str] = set()
-        self._queued = self._damaged = False
-        self._square = torch.zeros((), dtype=torch.float64)
+        self._sums: dict[str, Tensor] = {}  # whole gradients, where they are kept until the update
+        self._task, self._damaged = -1, False
+        self._square = self._selected = torch.zeros((), dtype=torch.float64)
+        self._versions: dict[str, int] = {}
         self._before: dict[str, Tensor] = {}
 
     @property
@@ -211,40 +213,40 @@ class Unmasking:
         if self.method.steps_needed and method.get("steps") is not None:
             self.set_steps(method["steps"])
 
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Score whole gradients that were kept until now; does nothing where they are scored as they are formed."""
-        waiting = [(rank, slot) for rank, slot in enumerate(self.slots.values()) if slot.target.grad is not None]
-        if not waiting:
-            return
-        self._open()
-        for rank, slot in waiting:
-            gradient, slot.target.grad = slot.target.grad, None
-            assert gradient is not None
-            self._take(rank, slot, gradient)
-        self._finish()
-
     def norm(self) -> Tensor:
-        """Norm of the whole gradient of this update, over all candidates; fp64 scalar."""
-        return self._square.sqrt()
+        """Norm of the whole gradient of this update, over all candidates; fp64 scalar.
+
+        Where the gradients were scaled since backward (by a `GradScaler`), so is it.
+        """
+        scaled = self._norm() / self._selected
+        return self._square.sqrt() * torch.where(scaled.isfinite(), scaled, 1.0)
+
+    def _norm(self) -> Tensor:
+        gradients = [slot.values.grad for slot in self.slots.values() if slot.values.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).double().cpu()
 
     @torch.no_grad()
     def _receive(self, rank: int, slot: GrowingSlot, target: Tensor) -> None:
         """Called by autograd when a parameter's gradient is complete."""
-        if self.updates.accumulation == "exact" and (self._grows() or self.updates.clip == "dense"):
-            return  # it stays in .grad until `collect`
-        if not self._queued:
+        task = torch._C._current_graph_task_id()  # of a backward that failed, the callback never came
+        if task != self._task:
             self._open()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-            self._queued = True
+            self._task = task
         if self.updates.accumulation == "none" and slot.name in self._seen:
             raise ValueError(
                 f"{slot.name}: a second backward before the update. Say how gradients add up: attach(…, "
                 "updates=Updates(accumulation='exact')) keeps whole gradients until the update, 'lean' only candidates"
             )
+        self._seen.add(slot.name)
         gradient, target.grad = target.grad, None
         assert gradient is not None
-        self._take(rank, slot, gradient)
+        flat = _averaged((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
+        if self.updates.accumulation == "exact" and (self._grows() or self.updates.clip == "dense"):
+            total = self._sums.get(slot.name)
+            self._sums[slot.name] = flat if total is None else total.add_(flat)
+        else:
+            self._take(rank, slot, flat)
 
     def _open(self) -> None:
         """Begin an update, unless one is under way: a further pass of it, or a nested backward of checkpointing."""
@@ -255,23 +257,29 @@ class Unmasking:
             self._close()
 
     def _cleared(self) -> bool:
-        gradients = [self.slots[name].values.grad for name in self._seen]
-        held = [g for g in gradients if g is not None and g.numel()]
-        return not any(bool(g.any()) for g in held) and (bool(held) or all(g is None for g in gradients))
+        """Whether all gradients were dropped, or set to zero, since the last backward ended."""
+        gradients = {name: g for name in self._seen if (g := self.slots[name].values.grad) is not None}
+        written = all(g._version != self._versions.get(name) for name, g in gradients.items())
+        return written and not any(bool(g.any()) for g in gradients.values())
 
     def _close(self) -> None:
         self._seen.clear()
+        self._sums.clear()
+        self._rewind()
+
+    def _rewind(self) -> None:
+        """Forget the candidates of this update."""
         self._damaged, self._square = False, torch.zeros((), dtype=torch.float64)
         for pool in self._pools:
             pool.best = pool.wanted = None
 
-    def _take(self, rank: int, slot: GrowingSlot, gradient: Tensor) -> None:
-        """Keep what is needed of one gradient; it may be overwritten."""
-        self._seen.add(slot.name)
-        flat = _averaged(gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
-        if self.updates.clip == "dense":
-            self._square += torch.linalg.vector_norm(flat, dtype=torch.float32).cpu().double().square()
+    def _take(self, rank: int, slot: GrowingSlot, flat: Tensor) -> None:
+        """Keep what is needed of one gradient, flat; it may be overwritten."""
         finite = bool(slot.receive(flat).isfinite().all())
+        if self.updates.clip == "dense":
+            square = torch.linalg.vector_norm(flat, dtype=torch.float32).cpu().double().square()
+            finite = finite and bool(square.isfinite())
+            self._square = self._square + square
         best = self._best(self._member[slot.name])
         if finite and best is not None:
             finite = self._score(rank, slot, flat, best)
@@ -289,6 +297,7 @@ class Unmasking:
         """Add a further pass's gradient to a tensor's candidates."""
         place = offset.to(flat.device)
         total = payload + flat[place].to(payload)
+        self._damaged = self._damaged or not bool(total.isfinite().all())
         return self.method.score(weight[place], total.to(flat.device)).cpu(), total
 
     def _best(self, pool: _Pool) -> TopK | None:
@@ -312,12 +321,33 @@ class Unmasking:
     @torch.no_grad()
     def _finish(self) -> None:
         """Let the winners join the slots, provisionally: a further pass of the same update may change them."""
-        self._queued = False
-        for slot in self.slots.values():
+        self._task = -1
+        slots = list(self.slots.values())
+        if self._sums:
+            self._rewind()
+            for rank, slot in ((rank, slot) for rank, slot in enumerate(slots) if slot.name in self._sums):
+                slot.clear()
+                self._take(rank, slot, self._sums[slot.name].clone())
+        for slot in slots:
             slot.restore()
         if self._damaged:
-            return
-        slots = list(self.slots.values())
+            self._show_damage()
+        else:
+            self._grow(slots)
+        self._versions = {slot.name: slot.values.grad._version for slot in slots if slot.values.grad is not None}
+        if self.updates.clip == "dense":
+            self._selected = self._norm()
+
+    def _show_damage(self) -> None:
+        """Make it visible to whoever looks before the update, a `GradScaler` above all: every gradient is NaN."""
+        for slot in self.slots.values():
+            if slot.values.grad is not None:
+                slot.values.grad.fill_(float("nan"))
+        if not self.chosen:  # then there is none yet: lend one entry, which the update takes back
+            slot = self.slots[min(self._seen)]
+            slot.grow(*_on(slot, (torch.zeros(1, dtype=torch.int64), torch.full((1,), float("nan")))), self.step + 1)
+
+    def _grow(self, slots: list[GrowingSlot]) -> None:
         for pool in self._pools:
             if pool.best is None:
                 continue
@@ -332,11 +362,12 @@ class Unmasking:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):
             raise ValueError("optimizer.step(closure): entries are chosen before the step; run backward first, then step()")
-        self.collect()
         if self._damaged:
             warnings.warn(
                 f"update {self.step + 1}: a gradient is not finite; nothing changes and nothing is chosen", stacklevel=3
             )
+            for slot in self.slots.values():
+                slot.restore()
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
