@@ -74,3 +74,18 @@ def assert_equal_weights(model, other):
     assert left.keys() == right.keys()
     unequal = [name for name in left if not torch.equal(left[name], right[name])]
     assert not unequal
+
+
+def stable_top(scores, k, taken=None):
+    """name → sorted offsets of the k best by a plain stable sort of everything at once; `taken` ones are left out."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    if taken:
+        barred = torch.cat([torch.isin(torch.arange(s.numel()), torch.tensor(taken.get(n, []))) for n, s in scores.items()])
+        flat = flat.masked_fill(barred, -1.0)
+    best = flat.sort(descending=True, stable=True).indices[:k].sort().values
+    found, start = {}, 0
+    for name, score in scores.items():
+        inside = best[(best >= start) & (best < start + score.numel())] - start
+        found |= {name: inside.tolist()} if inside.numel() else {}
+        start += score.numel()
+    return found

@@ -1,0 +1,298 @@
+"""The engine against two oracles: its dense twin, and a plain stable sort. Rows: reference/id3.md, sections 5 and 6.2."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import tiny
+from intaglio import ID3, SNIP, Delta, StaticGradient, attach, streaming
+from intaglio.budget import TopK
+from unmasking_tools import Leaves, adamw, assert_equal_weights, both, chosen, gradients, leaves, loss, normal, offsets
+from unmasking_tools import stable_top, weights
+
+RUNS = [
+    ("gqa_llama", {"budget": 1037, "steps": 40, "exponent": 0, "eps": 1e-3}, 45),
+    ("gqa_llama", {"budget": 1037, "steps": 10, "exponent": 1, "eps": 1}, 12),
+    ("gqa_llama", {"budget": 1037, "steps": 10, "exponent": 2, "eps": 0.1, "schedule": "cubic"}, 10),
+    ("gqa_llama", {"budget": 1037, "steps": 10, "exponent": -1, "eps": 1}, 10),
+    ("gqa_llama", {"budget": 1037, "steps": 10, "exponent": 1, "eps": 1e-8}, 10),
+    ("tied_llama", {"budget": 313, "steps": 6}, 6),
+    ("transposed_gpt2", {"budget": 313, "steps": 6, "until": 0.5}, 6),
+    ("mixtral", {"budget": 313, "steps": 6}, 6),
+    ("deberta_v2", {"budget": 313, "steps": 6, "pools": ("*.weight", "*")}, 6),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "updates"), RUNS, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(RUNS)])
+def test_bit_equal_to_both_oracles(name, fields, updates):
+    """Checklist 4, 26 and 31; section 6.1: masks equal a stable sort, weights the dense twin's, weight decay 0.1."""
+    method = ID3(**fields)
+    tuner, optimizer, dense = both(name, method)
+    for step in range(updates):
+        loss(tuner.model, name, step).backward()
+        loss(dense.model, name, step).backward()
+        graded = {n: p for n, p in dense.model.named_parameters() if p.grad is not None}
+        scores = {n: p.grad.abs() / (p.detach().abs() + method.eps) ** method.exponent for n, p in graded.items()}
+        before = offsets(dense.selection)
+        optimizer.step()
+        optimizer.zero_grad()
+        dense.update()
+        assert chosen(tuner) == offsets(dense.selection)
+        granted = [method.granted(b, step + 1) - method.granted(b, step) for b in tuner.unmasking.budgets]
+        if not method.pools and granted[0] and method.exponent in (0, 1):  # whose plain formula rounds like ours
+            new = stable_top(scores, granted[0], before)
+            assert {n: sorted(before.get(n, []) + new.get(n, [])) for n in scores if n in before or n in new} == chosen(tuner)
+    assert tuner.unmasking.chosen == fields["budget"]
+    assert_equal_weights(tuner.model, dense.model)
+
+
+def test_bf16_is_scored_and_trained_in_fp32():
+    """Checklist 6 and 21; defects 9, 19: the dense twin holds fp32 copies of all weights."""
+    tuner, optimizer, dense = both("gqa_llama", ID3(budget=400, steps=8), dtype=torch.bfloat16)
+    for step in range(10):
+        loss(tuner.model, "gqa_llama", step).backward()
+        loss(dense.model, "gqa_llama", step).backward()
+        scores = {n: p.grad.float().abs() / (p.detach().float().abs() + 1) for n, p in dense.model.named_parameters()}
+        before = offsets(dense.selection)
+        optimizer.step()
+        optimizer.zero_grad()
+        dense.update()
+        if step < 8:
+            new = stable_top(scores, 50, before)
+            assert {n: sorted(before.get(n, []) + new.get(n, [])) for n in {**before, **new}} == chosen(tuner)
+    assert_equal_weights(tuner.model, dense.model)
+
+
+# Few distinct values, so that most scores tie; with ends at which fp16, fp32 and fp64 round, under- and overflow.
+NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0, 1e-7, -6e4, 0.99999999999, 1e-39, 1e-44, 1e-300, 3e38])
+METHODS = [
+    ID3(budget=1, exponent=exponent, eps=eps)
+    for exponent, eps in [
+        (1, 1.0),
+        (0, 0.0),
+        (2, 0.1),
+        (5, 1e-8),
+        (1, 1e-8),
+        (-1, 0.0),
+        (-2, 0.5),
+        (100, 1e-8),
+        (400, 10),
+        (2, 1e3),
+    ]
+] + [StaticGradient(budget=1), SNIP(budget=1)]
+
+
+@given(
+    st.lists(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=40), min_size=1, max_size=5),
+    st.sampled_from(METHODS),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.sampled_from([(8, 2), (16, 16), (1 << 20, 1 << 10)]),
+    st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_order_and_any_chunk_give_a_stable_sort(rows, method, dtype, sizes, data):
+    """Checklist 4, 6 and 20; defects 5 to 9, 18, 19: heavy ties, hooks in any order, chunks of any size, barred entries."""
+    tensors = [torch.tensor(row, dtype=torch.float64).clamp(-6e4, 6e4).to(dtype) for row in rows]
+    barred = [[i for i in range(len(row)) if data.draw(st.integers(0, 3)) == 0] for row in rows]
+    free = sum(len(row) - len(out) for row, out in zip(rows, barred, strict=True))
+    best = TopK(data.draw(st.integers(1, free + 1)))
+    chunk, block = streaming.CHUNK, streaming.BLOCK
+    streaming.CHUNK, streaming.BLOCK = sizes
+    try:
+        for rank in data.draw(st.permutations(range(len(rows)))):
+            weight, gradient = tensors[rank][:, 0].clone(), tensors[rank][:, 1].clone()
+            assert streaming.scan(gradient, weight, method, best, rank, [torch.tensor(barred[rank], dtype=torch.int64)])
+    finally:
+        streaming.CHUNK, streaming.BLOCK = chunk, block
+    scores = {str(rank): method.score(t[:, 0], t[:, 1]) for rank, t in enumerate(tensors)}
+    want = stable_top(scores, min(best.k, free), {str(rank): out for rank, out in enumerate(barred)})
+    found: dict[str, list[int]] = {}
+    ranks, at, payloads = best.winners()
+    for rank, offset, payload in zip(ranks.tolist(), at.tolist(), payloads, strict=True):
+        found.setdefault(str(rank), []).append(offset)
+        assert payload == tensors[rank][offset, 1]
+    assert {name: sorted(offset) for name, offset in found.items()} == want
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=60, unique=True), st.data())
+@settings(max_examples=200, deadline=None)
+def test_top_k_of_parts_in_any_order(places, data):
+    """Checklist 4, 5 and 20: parts of tensors beyond 2^32 entries, in any order, one score for almost all."""
+    beyond = 2**32 - 5
+    scored = {(rank, beyond + offset): float(data.draw(st.integers(0, 1))) for rank, offset in places}
+    best = TopK(data.draw(st.integers(1, len(places))))
+    for place in data.draw(st.permutations(sorted(scored))):
+        best.add(place[0], torch.tensor([scored[place]]), torch.tensor([place[1]]), torch.tensor([float(place[1] - beyond)]))
+    ranks, at, payloads = best.winners()
+    want = sorted(scored, key=lambda place: (-scored[place], place))[: best.k]
+    assert list(zip(ranks.tolist(), at.tolist(), strict=True)) == want
+    assert payloads.tolist() == [offset - beyond for _, offset in want]
+
+
+def test_offsets_are_wide_where_a_parameter_needs_it():
+    """Checklist 5: 4 bytes per offset, 8 beyond 2^31 entries (on the meta device, which holds none)."""
+    from intaglio.growing import GrowingSlot
+
+    narrow, wide = (GrowingSlot("w", nn.Parameter(torch.empty(n, device="meta"))) for n in (2**31 - 1, 2**31))
+    assert (narrow.held.index.dtype, wide.held.index.dtype) == (torch.int32, torch.int64)
+
+
+def test_zero_weight_and_zero_gradient_in_fp16_come_last():
+    """Checklist 6; defect 18: 0/0 is no reason to be chosen."""
+    weight = torch.cat([torch.zeros(50), normal(50)]).half()
+    gradient = torch.cat([torch.zeros(50), normal(50, seed=1)]).half()
+    tuner = attach(Leaves(weight), ID3(budget=50, steps=1, eps=1e-8))
+    tuner.model.backward(gradient)
+    assert chosen(tuner) == {"0": list(range(50, 100))}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("update", "entry"), [(0, 0), (3, 0), (3, 19)], ids=["first", "chosen", "unchosen"])
+def test_a_gradient_that_is_not_finite_changes_nothing(value, update, entry):
+    """Checklist 7; defect 17: weights stay finite, nothing is chosen, and the next update catches up."""
+    tuner = attach(leaves((20,), (30,)), ID3(budget=24, steps=8, exponent=0))
+    optimizer = tuner.optimizer(adamw)
+    for step in range(8):
+        g = [normal(20, seed=step), normal(30, seed=100 + step)]
+        g[0][0], g[0][19] = 100, 0
+        before = weights(tuner.model), chosen(tuner)
+        if step != update:
+            tuner.model.backward(*g)
+            optimizer.step()
+            assert tuner.unmasking.chosen == 3 * (step + 1)
+        else:
+            g[0][entry] = value
+            tuner.model.backward(*g)
+            with pytest.warns(UserWarning, match=f"update {step + 1}: a gradient is not finite; nothing changes"):
+                optimizer.step()
+            assert chosen(tuner) == before[1]
+            assert all(torch.equal(p, before[0][name]) for name, p in weights(tuner.model).items())
+        optimizer.zero_grad()
+    assert all(bool(p.isfinite().all()) for p in tuner.model.parameters())
+
+
+def test_whole_gradients_never_coexist():
+    """Checklist 12: before each hook of ours at most one gradient is alive, after backward none."""
+    model = tiny.build("gqa_llama")
+    alive, most = [], 0
+
+    def look(parameter):
+        nonlocal most
+        alive.append(StorageWeakRef(parameter.grad.untyped_storage()))
+        most = max(most, sum(not ref.expired() for ref in alive))
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(look)
+    tuner = attach(model, ID3(budget=500, steps=5))
+    optimizer = tuner.optimizer(adamw)
+    for step in range(5):
+        loss(model, "gqa_llama", step).backward()
+        assert all(slot.target.grad is None for slot in tuner.slots)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(alive) == 5 * len(weights(model))
+    assert most == 1
+    assert all(ref.expired() for ref in alive)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_bit(reentrant):
+    """Checklist 26 and 12, both kinds of activation checkpointing."""
+    results = []
+    for checkpointing in (False, True):
+        model = tiny.build("tied_llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        tuner = attach(model, ID3(budget=200, steps=5, whole=("model.norm.weight",)))
+        optimizer = tuner.optimizer(adamw)
+        for step in range(6):
+            loss(model, "tied_llama", step).backward()
+            assert all(slot.target.grad is None for slot in tuner.unmasking.slots.values())
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model)
+        assert tuner.unmasking.chosen == 200
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_equal_weights(*results)
+
+
+def test_zero_and_five_dimensions(tmp_path):
+    """Checklist 24; defect 23: trained, saved, applied and reverted bit for bit."""
+    shapes = ((), (2, 3, 1, 2, 2), (7,))
+    model = leaves(*shapes)
+    tuner = attach(model, ID3(budget=20, steps=4))
+    optimizer = tuner.optimizer(adamw)
+    for step in range(4):
+        model.backward(torch.tensor(9.0), *gradients(model, step)[1:])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {"0", "1", "2"} == set(chosen(tuner))
+    tuner.save(tmp_path / "a")
+    fresh, base = leaves(*shapes), weights(leaves(*shapes))
+    delta = Delta.load(tmp_path / "a")
+    delta.apply_(fresh)
+    assert_equal_weights(fresh, tuner.detach())
+    assert fresh.get_parameter("0") != base["0"]
+    delta.revert_(fresh)
+    assert all(torch.equal(p, base[name]) for name, p in weights(fresh).items())
+
+
+def test_sparse_and_strided_gradients():
+    """Checklist 25: an embedding that gives sparse gradients, a weight stored transposed."""
+    results = []
+    for plain in (True, False):
+        torch.manual_seed(0)
+        table, weight = nn.Embedding(9, 4, sparse=not plain), normal(5, 4)
+        head = nn.Parameter(weight if plain else weight.t().contiguous().t())
+        model = nn.Module()
+        model.table, model.head = table, head
+        tuner = attach(model, ID3(budget=12, steps=3))
+        optimizer = tuner.optimizer(adamw)
+        for step in range(3):
+            (table(torch.tensor([1, 3, 3, 8])) @ head.t() * normal(4, 5, seed=step)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((chosen(tuner), model))
+    assert head.stride() == (1, 5)
+    assert results[0][0] == results[1][0]
+    assert_equal_weights(results[0][1], results[1][1])
+
+
+def test_two_runs_are_the_same_bit_for_bit():
+    """Checklist 20: gradients with heavy ties, whatever the global random state."""
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        tuner = attach(leaves((700, 3), (900,)), ID3(budget=301, steps=7, exponent=0))
+        optimizer = tuner.optimizer(adamw)
+        for step in range(7):
+            tuner.model.backward(*(g.round() for g in gradients(tuner.model, step)))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((tuner.model, [slot.held.index for slot in tuner.unmasking.slots.values()]))
+    assert_equal_weights(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_a_compiled_model_gives_the_same():
+    """Checklist 34: hooks stay outside the compiled graph (backend aot_eager: the same kernels, so the same bits)."""
+    results = []
+    for compiled in (False, True):
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+        with torch.no_grad():
+            for seed, parameter in enumerate(model.parameters()):
+                parameter.copy_(normal(*parameter.shape, seed=seed))
+        tuner = attach(model, ID3(budget=30, steps=4))
+        optimizer = tuner.optimizer(adamw)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        for step in range(5):
+            run(normal(8, 6, seed=step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model)
+        assert tuner.unmasking.chosen == 30
+    assert_equal_weights(*results)
