@@ -125,7 +125,7 @@ def test_static_modes_are_the_static_methods():
 def test_repeat_chooses_anew_and_reports_every_entry_touched():
     """Checklist 31: repeat-S against the dense twin: entries that leave keep their value, and start anew if they return."""
     tuner, optimizer, dense = both("gqa_llama", ID3(budget=300, mode="repeat"))
-    touched, returned = Selection(), 0
+    last, touched, returned = Selection(), Selection(), 0
     for step in range(8):
         for model, update in ((tuner.model, optimizer.step), (dense.model, dense.update)):
             loss(model, "gqa_llama", step).backward()
@@ -133,8 +133,7 @@ def test_repeat_chooses_anew_and_reports_every_entry_touched():
         optimizer.zero_grad()
         assert chosen(tuner) == offsets(dense.selection)
         assert dense.selection.size == 300
-        left = touched.difference(last) if step else touched
-        returned += dense.selection.overlap(left)
+        returned += dense.selection.overlap(touched.difference(last))
         last, touched = dense.selection, touched.union(dense.selection)
     assert returned > 0
     assert tuner.selection == touched

@@ -10,8 +10,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import tiny
 from intaglio import ID3, SNIP, Delta, StaticGradient, attach, streaming
 from intaglio.budget import TopK
-from unmasking_tools import Leaves, adamw, assert_equal_weights, both, chosen, gradients, leaves, loss, normal, offsets
-from unmasking_tools import stable_top, weights
+from unmasking_tools import (
+    Leaves,
+    adamw,
+    assert_equal_weights,
+    both,
+    chosen,
+    gradients,
+    leaves,
+    loss,
+    normal,
+    offsets,
+    stable_top,
+    weights,
+)
 
 RUNS = [
     ("gqa_llama", {"budget": 1037, "steps": 40, "exponent": 0, "eps": 1e-3}, 45),
@@ -115,6 +127,24 @@ def test_any_order_and_any_chunk_give_a_stable_sort(rows, method, dtype, sizes, 
         found.setdefault(str(rank), []).append(offset)
         assert payload == tensors[rank][offset, 1]
     assert {name: sorted(offset) for name, offset in found.items()} == want
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "second"),
+    [
+        (StaticGradient(budget=1), 1 - 1e-12, 1.0),  # fp64 that rounds up to the other's score
+        (ID3(budget=1, exponent=5, eps=1e-8), 1.0, 2.0),  # both infinite
+        (ID3(budget=1, exponent=2, eps=10), 8e-44, 1.4e-43),  # both the smallest number above 0
+        (ID3(budget=1, exponent=800, eps=0.9), 1.0, 1.0),  # eps rounds down in fp32, and 800-fold so its power
+        (ID3(budget=1, exponent=400, eps=10), 1.0, 2.0),  # a power beyond fp64; both 0
+    ],
+)
+def test_the_bound_on_gradients_loses_no_tie(method, first, second):
+    """Checklist 4: the tensor that is looked at last comes first in the order, and ties."""
+    best = TopK(1)
+    for rank, value in ((1, second), (0, first)):
+        streaming.scan(torch.tensor([value], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), method, best, rank, [])
+    assert best.winners()[0].tolist() == [0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=60, unique=True), st.data())
