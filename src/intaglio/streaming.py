@@ -23,7 +23,7 @@ from . import adapters
 from .budget import TopK
 from .growing import GrowingSlot
 from .selection import Selection, Whole
-from .slots import Slots
+from .slots import Slot, Slots
 from .update_method import UpdateMethod
 from .updates import Updates, correct_ages, follow, refuse_optimizer
 
@@ -147,6 +147,7 @@ class Unmasking:
         for name in (name for name in parameters if name in self._member):
             barred = exclude[name].flat() if name in exclude else None
             self.slots[name] = GrowingSlot(name, parameters[name], barred, from_start=updates.decay == "start")
+        self._fixed: list[Slot] = []
         self._seen: set[str] = set()
         self._sums: dict[str, Tensor] = {}  # whole gradients, where they are kept until the update
         self._task, self._damaged = -1, False
@@ -167,6 +168,7 @@ class Unmasking:
 
     def connect(self, slots: Slots) -> None:
         """Add the candidates' slots to a model's, and see their gradients from now on."""
+        self._fixed = [slots[name] for name in self.whole]
         for rank, slot in enumerate(self.slots.values()):
             slots.register(slot)
             slot.connect(partial(self._receive, rank, slot))
@@ -328,6 +330,10 @@ class Unmasking:
             for rank, slot in ((rank, slot) for rank, slot in enumerate(slots) if slot.name in self._sums):
                 slot.clear()
                 self._take(rank, slot, self._sums[slot.name].clone())
+        for gradient in (slot.values.grad for slot in self._fixed):
+            if gradient is not None:
+                _averaged(gradient)  # what earlier passes averaged stays as it is
+                self._damaged = self._damaged or not bool(gradient.isfinite().all())
         for slot in slots:
             slot.restore()
         if self._damaged:
@@ -340,7 +346,7 @@ class Unmasking:
 
     def _show_damage(self) -> None:
         """Make it visible to whoever looks before the update, a `GradScaler` above all: every gradient is NaN."""
-        for slot in self.slots.values():
+        for slot in (*self.slots.values(), *self._fixed):
             if slot.values.grad is not None:
                 slot.values.grad.fill_(float("nan"))
         if not self.chosen:  # then there is none yet: lend one entry, which the update takes back
