@@ -185,7 +185,7 @@ class Unmasking:
         """Join the winners before each of the optimizer's steps, and count it after.
 
         Raises:
-            ValueError: for an optimizer that cannot be used, or where the length of the run is not known.
+            ValueError: for an optimizer that cannot be used.
         """
         refuse_optimizer(optimizer, self.slots.values(), self.updates)
         optimizer.register_step_pre_hook(self._before_step)
