@@ -323,7 +323,6 @@ class Unmasking:
     @torch.no_grad()
     def _finish(self) -> None:
         """Let the winners join the slots, provisionally: a further pass of the same update may change them."""
-        self._task = -1
         slots = list(self.slots.values())
         if self._sums:
             self._rewind()
