@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["is_peft", "is_quantized", "load", "save"]
+__all__ = ["is_peft", "is_quantized", "load", "refuse_unscorable", "save"]
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -59,3 +60,27 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def refuse_unscorable(model: nn.Module) -> None:
+    """Refuse weights that have no dense gradient of their own.
+
+    Raises:
+        ValueError: naming the first quantized or sharded weight.
+    """
+    for name, parameter in model.named_parameters():
+        kind = type(parameter.data).__name__ if is_traceable_wrapper_subclass(parameter) else type(parameter).__name__
+        if kind in ("DTensor", "FlatParameter"):
+            raise ValueError(
+                f"{name}: sharded over processes ({kind}); entries are chosen by whole gradients: use one process, or plain data "
+                "parallelism"
+            )
+        if parameter.requires_grad and (is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point()):
+            raise ValueError(f"{name}: quantized ({kind}, {parameter.dtype}); {_UNQUANTIZED}")
+    if not is_peft(model):
+        for name, module in model.named_modules():
+            if is_quantized(module):
+                raise ValueError(f"{name}: quantized ({type(module).__name__}); {_UNQUANTIZED}")
+
+
+_UNQUANTIZED = "single entries need a floating-point base: load it without quantization, or put LoRA on it and attach to that"

@@ -166,8 +166,8 @@ class GrowingSlot(Slot):
         return not torch.equal(self.target.detach().take(self.index), self._tuned(self.values.detach(), self._base))
 
     def state(self) -> dict[str, Tensor]:
-        held = {key: tensor.clone() for key, tensor in vars(self.held).items()}
-        index, base = self.left
+        committed, (index, base) = (self.held, self.left) if self._before is None else self._before
+        held = {key: tensor.clone() for key, tensor in vars(committed).items()}
         tuned = self.target.detach().take(index.long())
         return held | {"left_index": index.clone(), "left_base": base.clone(), "left_values": tuned}
 

@@ -13,114 +13,21 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import adapters
 from .budget import TopK
 from .growing import GrowingSlot
+from .scan import scan
 from .selection import Selection, Whole, from_flat
-from .slots import Slots
+from .slots import Slot, Slots
 from .update_method import UpdateMethod
 from .updates import Updates, correct_ages, follow, refuse_optimizer
 
-__all__ = ["Unmasking", "scan"]
-
-CHUNK, BLOCK = 1 << 18, 1 << 10  # entries scored at a time; entries whose largest gradient is looked at first
-
-
-class Scorer(Protocol):
-    """What `scan` asks of a method."""
-
-    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """As `UpdateMethod.score`."""
-        ...
-
-    def reach(self, score: float) -> float:
-        """As `UpdateMethod.reach`."""
-        ...
-
-
-def scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: int, barred: list[Tensor]) -> bool:
-    """Add one tensor's entries to the best so far; False, and nothing added, where a gradient is not finite.
-
-    Args:
-        gradient: flat, `[n]`; barred entries are set to 0.
-        weight: flat, `[n]`.
-        method: scores them.
-        best: what is kept.
-        rank: the tensor's place in the total order.
-        barred: flat offsets that must not be chosen.
-    """
-    for offset in barred:
-        gradient[offset] = 0
-    peaks = _peaks(gradient)
-    if not bool(peaks.isfinite().all()):
-        return False
-    for start in range(0, gradient.numel(), CHUNK):
-        g, w = gradient[start : start + CHUNK], weight[start : start + CHUNK]
-        least = method.reach(best.threshold)
-        if least > 0:
-            at = _reaching(g, peaks[start // BLOCK : (start + CHUNK) // BLOCK], least)
-            best.add(rank, method.score(w[at], g[at]), at + start, g[at])
-            continue
-        score = method.score(w, g)
-        if best.threshold <= 0:  # else their score of 0 bars them
-            for offset in barred:
-                score[offset[(offset >= start) & (offset < start + g.numel())] - start] = float("-inf")
-        at = (score >= best.threshold).nonzero().flatten() if best.threshold > float("-inf") else (score >= 0).nonzero().flatten()
-        best.add(rank, score[at], at + start, g[at])
-    return True
-
-
-def _peaks(gradient: Tensor) -> Tensor:
-    """The largest |gradient| of each block, the last of which may be short; not finite where any of a block is not."""
-    whole = gradient.numel() // BLOCK * BLOCK
-    blocks, rest = gradient[:whole].view(-1, BLOCK), gradient[whole:].view(1, -1)
-    # Two passes without a tensor in between; the one pass of a norm or of aminmax takes three to five times as long.
-    peaks = [torch.maximum(part.amax(1), part.amin(1).neg_()) for part in (blocks, rest) if part.numel()]
-    return torch.cat(peaks) if peaks else gradient
-
-
-def _reaching(gradient: Tensor, peaks: Tensor, least: float) -> Tensor:
-    """Offsets, ascending, where |gradient| ≥ least; unless they are many, only blocks whose peak reaches it are looked at."""
-    rows = (peaks >= least).nonzero().flatten()
-    if 4 * rows.numel() > peaks.numel():
-        return (gradient.abs() >= least).nonzero().flatten()
-    whole = gradient.numel() // BLOCK * BLOCK
-    full = rows[rows < whole // BLOCK]
-    row, column = (gradient[:whole].view(-1, BLOCK)[full].abs() >= least).nonzero(as_tuple=True)
-    found = full[row] * BLOCK + column
-    if full.numel() == rows.numel():
-        return found
-    return torch.cat([found, (gradient[whole:].abs() >= least).nonzero().flatten() + whole])
-
-
-def refuse_unscorable(model: nn.Module) -> None:
-    """Refuse weights that have no dense gradient of their own.
-
-    Raises:
-        ValueError: naming the first quantized or sharded weight.
-    """
-    for name, parameter in model.named_parameters():
-        kind = type(parameter.data).__name__ if is_traceable_wrapper_subclass(parameter) else type(parameter).__name__
-        if kind in ("DTensor", "FlatParameter"):
-            raise ValueError(
-                f"{name}: sharded over processes ({kind}); entries are chosen by whole gradients: use one process, or plain data "
-                "parallelism"
-            )
-        if parameter.requires_grad and (is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point()):
-            raise ValueError(f"{name}: quantized ({kind}, {parameter.dtype}); {_UNQUANTIZED}")
-    if not adapters.is_peft(model):
-        for name, module in model.named_modules():
-            if adapters.is_quantized(module):
-                raise ValueError(f"{name}: quantized ({type(module).__name__}); {_UNQUANTIZED}")
-
-
-_UNQUANTIZED = "single entries need a floating-point base: load it without quantization, or put LoRA on it and attach to that"
+__all__ = ["Unmasking"]
 
 
 @final
@@ -146,7 +53,7 @@ class Unmasking:
     """
 
     def __init__(self, model: nn.Module, method: UpdateMethod, exclude: Selection, updates: Updates) -> None:
-        refuse_unscorable(model)
+        adapters.refuse_unscorable(model)
         self.method, self.updates, self.step = method, updates, 0
         self.whole = Selection({name: Whole(tuple(p.shape)) for name, p in method.always(model).items()}).difference(exclude)
         candidates = method.candidates(model)
@@ -159,9 +66,12 @@ class Unmasking:
         for name in (name for name in parameters if name in self._member):
             barred = exclude[name].flat() if name in exclude else None
             self.slots[name] = GrowingSlot(name, parameters[name], barred, from_start=updates.decay == "start")
+        self._fixed: list[Slot] = []
         self._seen: set[str] = set()
-        self._queued = self._damaged = False
-        self._square = torch.zeros((), dtype=torch.float64)
+        self._sums: dict[str, Tensor] = {}  # whole gradients, where they are kept until the update
+        self._task, self._damaged = -1, False
+        self._square = self._selected = torch.zeros((), dtype=torch.float64)
+        self._versions: dict[str, int] = {}
         self._before: dict[str, Tensor] = {}
         self._first: TopK | None = None
 
@@ -178,6 +88,7 @@ class Unmasking:
 
     def connect(self, slots: Slots) -> None:
         """Add the candidates' slots to a model's, and see their gradients from now on."""
+        self._fixed = [slots[name] for name in self.whole]
         for rank, slot in enumerate(self.slots.values()):
             slots.register(slot)
             slot.connect(partial(self._receive, rank, slot))
@@ -194,7 +105,7 @@ class Unmasking:
         """Join the winners before each of the optimizer's steps, and count it after.
 
         Raises:
-            ValueError: for an optimizer that cannot be used, or where the length of the run is not known.
+            ValueError: for an optimizer that cannot be used.
         """
         refuse_optimizer(optimizer, self.slots.values(), self.updates)
         optimizer.register_step_pre_hook(self._before_step)
@@ -224,40 +135,40 @@ class Unmasking:
         if self.method.steps_needed and method.get("steps") is not None:
             self.set_steps(method["steps"])
 
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Score whole gradients that were kept until now; does nothing where they are scored as they are formed."""
-        waiting = [(rank, slot) for rank, slot in enumerate(self.slots.values()) if slot.target.grad is not None]
-        if not waiting:
-            return
-        self._open()
-        for rank, slot in waiting:
-            gradient, slot.target.grad = slot.target.grad, None
-            assert gradient is not None
-            self._take(rank, slot, gradient)
-        self._finish()
-
     def norm(self) -> Tensor:
-        """Norm of the whole gradient of this update, over all candidates; fp64 scalar."""
-        return self._square.sqrt()
+        """Norm of the whole gradient of this update, over all candidates; fp64 scalar.
+
+        Where the gradients were scaled since backward (by a `GradScaler`), so is it.
+        """
+        scaled = self._norm() / self._selected
+        return self._square.sqrt() * torch.where(scaled.isfinite(), scaled, 1.0)
+
+    def _norm(self) -> Tensor:
+        gradients = [slot.values.grad for slot in self.slots.values() if slot.values.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).double().cpu()
 
     @torch.no_grad()
     def _receive(self, rank: int, slot: GrowingSlot, target: Tensor) -> None:
         """Called by autograd when a parameter's gradient is complete."""
-        if self.updates.accumulation == "exact" and (self._grows() or self.updates.clip == "dense"):
-            return  # it stays in .grad until `collect`
-        if not self._queued:
+        task = torch._C._current_graph_task_id()  # of a backward that failed, the callback never came
+        if task != self._task:
             self._open()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-            self._queued = True
+            self._task = task
         if self.updates.accumulation == "none" and slot.name in self._seen:
             raise ValueError(
                 f"{slot.name}: a second backward before the update. Say how gradients add up: attach(…, "
                 "updates=Updates(accumulation='exact')) keeps whole gradients until the update, 'lean' only candidates"
             )
+        self._seen.add(slot.name)
         gradient, target.grad = target.grad, None
         assert gradient is not None
-        self._take(rank, slot, gradient)
+        flat = _averaged((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
+        if self.updates.accumulation == "exact" and (self._grows() or self.updates.clip == "dense"):
+            total = self._sums.get(slot.name)
+            self._sums[slot.name] = flat if total is None else total.add_(flat)
+        else:
+            self._take(rank, slot, flat)
 
     def _open(self) -> None:
         """Begin an update, unless one is under way: a further pass of it, or a nested backward of checkpointing."""
@@ -268,19 +179,27 @@ class Unmasking:
             self._close()
 
     def _cleared(self) -> bool:
-        gradients = [self.slots[name].values.grad for name in self._seen]
-        held = [g for g in gradients if g is not None and g.numel()]
-        return not any(bool(g.any()) for g in held) and (bool(held) or all(g is None for g in gradients))
+        """Whether all gradients were dropped, or set to zero, since the last backward ended."""
+        gradients = {name: g for name in self._seen if (g := self.slots[name].values.grad) is not None}
+        written = all(g._version != self._versions.get(name) for name, g in gradients.items())
+        return written and not any(bool(g.any()) for g in gradients.values())
 
     def _close(self) -> None:
         self._seen.clear()
+        self._sums.clear()
+        self._rewind()
+
+    def _rewind(self) -> None:
+        """Forget the candidates of this update."""
         self._damaged, self._square = False, torch.zeros((), dtype=torch.float64)
+        if self._first is not None:
+            self.rank_first_gradients()  # anew, while this is the first update
         for pool in self._pools:
             pool.best = pool.wanted = None
 
     def rank_first_gradients(self) -> None:
         """Also keep what the first update's largest |gradient| would choose, a budget's worth: for comparison."""
-        if self.step == 0:
+        if self.step == 0 and self.updates.accumulation != "lean":
             self._first = TopK(sum(self.budgets))
 
     @property
@@ -291,13 +210,13 @@ class Unmasking:
         slots, winners = list(self.slots.values()), _by_rank(*self._first.winners())
         return Selection({slots[r].name: from_flat(tuple(slots[r].target.shape), o.sort().values) for r, (o, _) in winners})
 
-    def _take(self, rank: int, slot: GrowingSlot, gradient: Tensor) -> None:
-        """Keep what is needed of one gradient; it may be overwritten."""
-        self._seen.add(slot.name)
-        flat = _averaged(gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
-        if self.updates.clip == "dense":
-            self._square += torch.linalg.vector_norm(flat, dtype=torch.float32).cpu().double().square()
+    def _take(self, rank: int, slot: GrowingSlot, flat: Tensor) -> None:
+        """Keep what is needed of one gradient, flat; it may be overwritten."""
         finite = bool(slot.receive(flat).isfinite().all())
+        if self.updates.clip == "dense":
+            square = torch.linalg.vector_norm(flat, dtype=torch.float32).cpu().double().square()
+            finite = finite and bool(square.isfinite())
+            self._square = self._square + square
         best = self._best(self._member[slot.name])
         if self.step == 0 and self._first is not None:
             barred = [] if slot.excluded is None else [slot.excluded]
@@ -319,6 +238,7 @@ class Unmasking:
         """Add a further pass's gradient to a tensor's candidates."""
         place = offset.to(flat.device)
         total = payload + flat[place].to(payload)
+        self._damaged = self._damaged or not bool(total.isfinite().all())
         return self.method.score(weight[place], total.to(flat.device)).cpu(), total
 
     def _best(self, pool: _Pool) -> TopK | None:
@@ -342,12 +262,36 @@ class Unmasking:
     @torch.no_grad()
     def _finish(self) -> None:
         """Let the winners join the slots, provisionally: a further pass of the same update may change them."""
-        self._queued = False
-        for slot in self.slots.values():
+        slots = list(self.slots.values())
+        if self._sums:
+            self._rewind()
+            for rank, slot in ((rank, slot) for rank, slot in enumerate(slots) if slot.name in self._sums):
+                slot.clear()
+                self._take(rank, slot, self._sums[slot.name].clone())
+        for gradient in (slot.values.grad for slot in self._fixed):
+            if gradient is not None:
+                _averaged(gradient)  # what earlier passes averaged stays as it is
+                self._damaged = self._damaged or not bool(gradient.isfinite().all())
+        for slot in slots:
             slot.restore()
         if self._damaged:
-            return
-        slots = list(self.slots.values())
+            self._show_damage()
+        else:
+            self._grow(slots)
+        self._versions = {slot.name: slot.values.grad._version for slot in slots if slot.values.grad is not None}
+        if self.updates.clip == "dense":
+            self._selected = self._norm()
+
+    def _show_damage(self) -> None:
+        """Make it visible to whoever looks before the update, a `GradScaler` above all: every gradient is NaN."""
+        for slot in (*self.slots.values(), *self._fixed):
+            if slot.values.grad is not None:
+                slot.values.grad.fill_(float("nan"))
+        if not self.chosen:  # then there is none yet: lend one entry, which the update takes back
+            slot = self.slots[min(self._seen)]
+            slot.grow(*_on(slot, (torch.zeros(1, dtype=torch.int64), torch.full((1,), float("nan")))), self.step + 1)
+
+    def _grow(self, slots: list[GrowingSlot]) -> None:
         for pool in self._pools:
             if pool.best is None:
                 continue
@@ -362,11 +306,12 @@ class Unmasking:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):
             raise ValueError("optimizer.step(closure): entries are chosen before the step; run backward first, then step()")
-        self.collect()
         if self._damaged:
             warnings.warn(
                 f"update {self.step + 1}: a gradient is not finite; nothing changes and nothing is chosen", stacklevel=3
             )
+            for slot in self.slots.values():
+                slot.restore()
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None

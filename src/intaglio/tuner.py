@@ -167,19 +167,18 @@ class Tuner:
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradient of this update so that its norm is at most `max_norm`; call it between backward and step.
 
-        `torch.nn.utils.clip_grad_norm_(model.parameters(), …)` does the same, but for `Updates(clip="dense")` and
-        `Updates(accumulation="exact")`, where it cannot see what is compared or scaled here.
+        `torch.nn.utils.clip_grad_norm_(model.parameters(), …)` does the same, but for `Updates(clip="dense")`, where it
+        cannot see what is compared here.
 
         Returns:
             The norm before.
         """
         parameters = self.parameters()
-        if self.unmasking is not None:
-            self.unmasking.collect()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
         if self.unmasking is not None and self.unmasking.updates.clip == "dense":
-            norm = self.unmasking.norm().to(norm)
+            whole = [self.slots[name].values.grad for name in self._fixed]
+            norm = torch.nn.utils.get_total_norm([self.unmasking.norm(), *(g for g in whole if g is not None)]).float()
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 

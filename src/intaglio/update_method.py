@@ -116,15 +116,16 @@ class UpdateMethod(Method):
         for pool in self.budgets({name: count for name, count in free.items() if count}):
             held = 0 if self.renews else sum(chosen[name].count for name in pool.free if name in chosen)
             k = (pool.budget if self.renews else self.granted(pool.budget, step + 1)) - held
+            seen = {name: parameters[name] for name in pool.free if parameters[name].grad is not None}
+            k = min(k, sum(p.numel() - (taken[name].count if name in taken else 0) for name, p in seen.items()))
             if k > 0:
-                new = new.union(top_k(self._scores({name: parameters[name] for name in pool.free}, taken), k))
+                new = new.union(top_k(self._scores(seen, taken), k))
         selection = new if self.renews else chosen.union(new)
         return selection, {name: entries.flat() for name, entries in selection.items()}
 
     def _scores(self, parameters: Mapping[str, nn.Parameter], taken: Selection) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in parameters.items():
-            if parameter.grad is None:
-                continue
+            assert parameter.grad is not None
             score = self.score(parameter.detach(), parameter.grad).contiguous()
             if name in taken:
                 score.view(-1)[taken[name].flat().to(score.device)] = float("-inf")

@@ -18,6 +18,7 @@ __all__ = ["Updates", "correct_ages", "follow", "refuse_optimizer"]
 
 _COUPLED = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
 _SIGN_HISTORY = ("Rprop",)  # its step sizes start at lr, not at zero
+_DIVIDES_BY_COUNT = ("Adafactor",)  # it takes the mean of a tensor's squares
 
 
 @final
@@ -102,6 +103,8 @@ def follow(optimizer: torch.optim.Optimizer, slot: GrowingSlot) -> None:
     Raises:
         ValueError: for state that is not one number per entry (block-quantized, factored).
     """
+    if not slot.index.numel() and type(optimizer).__name__ in _DIVIDES_BY_COUNT:
+        slot.values.grad = None  # others count the update
     if slot.source is None:
         return
     kept, state = slot.source >= 0, optimizer.state.get(slot.values, {})

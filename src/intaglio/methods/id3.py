@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal, final
 
+import torch
 from torch import Tensor, nn
 
 from .. import schedules, scores
@@ -20,6 +21,7 @@ from ..update_method import Pool, UpdateMethod
 __all__ = ["ID3"]
 
 Mode = Literal["increment", "static", "repeat"]
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of normal numbers
 Growth = Literal["linear", "ramp", "cubic", "front"]
 
 
@@ -110,8 +112,12 @@ class ID3(UpdateMethod):
         return scores.d3(weight, gradient, self.exponent, self.eps)
 
     def reach(self, score: float) -> float:
-        # |g| = score · (|w| + eps)^exponent, least at w = 0; a little less, for what fp32 rounds.
-        return max(score, 0.0) * self.eps**self.exponent * (1 - 1e-5) if self.exponent >= 0 else 0.0
+        # |g| = score · (|w| + eps)^exponent, least at w = 0; a little less, for what fp32 rounds. An infinite score may have
+        # overflowed; where fp32 holds few digits, no bound is safe.
+        if self.exponent < 0 or score < _TINY:
+            return 0.0
+        power = self.eps**self.exponent
+        return min(score, _HUGE) * power * max(1 - 1e-6 * (10 + self.exponent), 0.0) if power >= _TINY else 0.0
 
     @property
     def steps_needed(self) -> bool:

@@ -51,7 +51,7 @@ class StaticGradient(UpdateMethod):
         return scores.gradient(gradient)
 
     def reach(self, score: float) -> float:
-        return max(score, 0.0)
+        return max(score, 0.0) * (1 - 1e-6)  # a gradient of more digits is rounded to fp32
 
     def granted(self, budget: int, step: int) -> int:
         return budget
