@@ -1,7 +1,7 @@
 """The adapter folder on disk: read with every check that needs no model, written so that no half of it is ever seen.
 
     adapter_config.json         method, format version, and per parameter its kind, shape, counts and base fingerprint
-    adapter_model.safetensors   per parameter: its values, and its indices (int32 where it fits); see `key`
+    adapter_model.safetensors   per parameter: its values, and its indices (see `stored_index`); see `key`
     README.md                   model card
 
 Keys and config are those that PEFT and transformers expect of an adapter, so that one folder serves `Delta.load`,
@@ -32,7 +32,7 @@ __all__ = ["CONFIG", "FORMAT_VERSION", "PEFT_TYPE", "WEIGHTS", "Contents", "key"
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PEFT_TYPE = "INTAGLIO"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, final
 import torch
 from torch import Tensor
 
+from . import packing
 from .selection import Elements, Entries, Slices, Whole
 
 __all__ = ["Record", "stored_index"]
@@ -25,7 +26,7 @@ class Record:
         dtype: of the base's parameter.
         fingerprint: of the base's values at the chosen places.
         dim: the dimension that slices index; None for the others.
-        indices: how many indices are stored; None for a whole parameter.
+        indices: how many there are; None for a whole parameter.
     """
 
     kind: str
@@ -39,8 +40,8 @@ class Record:
     def of(cls, entries: Entries, dtype: torch.dtype, fingerprint: str) -> Record:
         """Describe `entries` of a base of type `dtype`."""
         dim = entries.dim if isinstance(entries, Slices) else None
-        index = stored_index(entries)
-        return cls(entries.kind, entries.shape, dtype, fingerprint, dim, None if index is None else index.numel())
+        indices = entries.index.numel() if isinstance(entries, Slices | Elements) else None
+        return cls(entries.kind, entries.shape, dtype, fingerprint, dim, indices)
 
     @classmethod
     def parse(cls, name: str, fields: Any) -> Record:
@@ -82,9 +83,20 @@ class Record:
         return (self.indices,) if self.dim is None else (*self.shape[: self.dim], self.indices, *self.shape[self.dim + 1 :])
 
     @property
+    def index_shape(self) -> tuple[int]:
+        """Shape of the stored indices; see `stored_index`."""
+        assert self.indices is not None
+        return (packing.packed_size(self.indices, self._numel) if self._packed else self.indices,)
+
+    @property
     def index_dtype(self) -> torch.dtype:
-        """Type of stored indices: int32, or int64 for a parameter too large for it."""
-        return torch.int32 if torch.Size(self.shape).numel() <= torch.iinfo(torch.int32).max else torch.int64
+        """Type of the stored indices; see `stored_index`."""
+        return torch.int16 if self._packed else _wide(self._numel)
+
+    def offsets(self, index: Tensor) -> Tensor:
+        """Stored indices as int64 `[indices]`; only those that `entries` has accepted."""
+        assert self.indices is not None
+        return packing.unpack(index, self.indices) if self._packed else index.long()
 
     def entries(self, index: Tensor | None) -> Entries:
         """The entries at stored indices.
@@ -94,18 +106,39 @@ class Record:
         """
         if index is None:
             return Whole(self.shape)
-        if index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"an index must be of integers, found {index.dtype}")
-        if index.numel() != self.indices:
-            raise ValueError(f"{self.indices} indices expected, {index.numel()} found")
-        return Elements(self.shape, index.long()) if self.dim is None else Slices(self.shape, self.dim, index.long())
+        if index.dtype != self.index_dtype:
+            raise ValueError(f"indices must be of integers, {self.index_dtype}; found {index.dtype}")
+        if tuple(index.shape) != self.index_shape:
+            raise ValueError(f"{self.index_shape[0]} stored indices expected, {index.numel()} found")
+        if self._packed:
+            packing.check(index, self.values_shape[0])
+        offsets = self.offsets(index)
+        return Elements(self.shape, offsets) if self.dim is None else Slices(self.shape, self.dim, offsets)
+
+    @property
+    def _numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def _packed(self) -> bool:
+        return self.kind == Elements.kind and self.indices is not None and packing.pays(self.indices, self._numel)
 
 
 def stored_index(entries: Entries) -> Tensor | None:
-    """The index that is stored for `entries`, int32 where the parameter's size allows; None for a whole parameter."""
+    """The index that is stored for `entries`; None for a whole parameter.
+
+    Elements pack to two bytes each where that is smaller (`packing`); the rest is int32, or int64 for a parameter too large
+    for it.
+    """
     if not isinstance(entries, Slices | Elements):
         return None
-    return entries.index.to(torch.int32 if entries.numel <= torch.iinfo(torch.int32).max else torch.int64)
+    if isinstance(entries, Elements) and packing.pays(entries.count, entries.numel):
+        return packing.pack(entries.index, entries.numel)
+    return entries.index.to(_wide(entries.numel))
+
+
+def _wide(numel: int) -> torch.dtype:
+    return torch.int32 if numel <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

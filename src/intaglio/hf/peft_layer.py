@@ -208,9 +208,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         for name, record in self.intaglio_records[adapter].items():
             full, values = f"{self._path}.{name}", self._values(adapter)[name]
-            index = self._indices(adapter)[name] if record.indices is not None else None
             try:
-                entries = record.entries(index)
+                entries = record.entries(self._stored_index(adapter, name))
             except ValueError as error:
                 raise ValueError(f"{full}: adapter {adapter!r} is damaged, or its tensors were never loaded: {error}") from error
             if not bool(values.isfinite().all()):
@@ -238,8 +237,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return values
 
     def _index(self, adapter: str, name: str) -> Tensor | None:
-        index = self._indices(adapter)[name] if self.intaglio_records[adapter][name].indices is not None else None
-        return None if index is None else index.long()
+        stored = self._stored_index(adapter, name)
+        return None if stored is None else self.intaglio_records[adapter][name].offsets(stored)
+
+    def _stored_index(self, adapter: str, name: str) -> Tensor | None:
+        return self._indices(adapter)[name] if self.intaglio_records[adapter][name].indices is not None else None
 
     def _indices(self, adapter: str) -> BufferDict:
         indices = self.intaglio_indices[adapter]
@@ -250,7 +252,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return self.intaglio_records[adapter][name].dim
 
     def _entries(self, adapter: str, name: str) -> Entries:
-        return self.intaglio_records[adapter][name].entries(self._index(adapter, name))
+        return self.intaglio_records[adapter][name].entries(self._stored_index(adapter, name))
 
     def _base(self, name: str) -> Tensor:
         parameter = getattr(self.base_layer, name)  # FSDP keeps a view of its flat parameter there

@@ -62,7 +62,7 @@ def vacant(record: Record, weight: Tensor) -> tuple[Tensor | None, Tensor]:
     values = torch.full(record.values_shape, float("nan"), dtype=dtype, device=weight.device)
     if record.indices is None:
         return None, values
-    return torch.full((record.indices,), -1, dtype=record.index_dtype, device=weight.device), values
+    return torch.full(record.index_shape, -1, dtype=record.index_dtype, device=weight.device), values
 
 
 def replaced(weight: Tensor, values: Tensor, index: Tensor | None, dim: int | None) -> Tensor:
