@@ -1,4 +1,4 @@
-"""ID3 and its controls: what is granted when, what competes, what is refused. Rows: reference/id3.md, sections 5 and 6.2."""
+"""ID3 and its controls: what is granted when, what competes, what is refused. See docs/id3.md."""
 
 import json
 

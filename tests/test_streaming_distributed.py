@@ -1,4 +1,4 @@
-"""Two processes choose as one. Rows: reference/id3.md, sections 5 and 6.2."""
+"""Two processes choose as one. See docs/id3.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs that are accumulated, skipped, scaled, interrupted, spread over processes. Rows: reference/id3.md, sections 5, 6.2."""
+"""Runs that are accumulated, skipped, scaled, interrupted, spread over processes. See docs/id3.md."""
 
 import io
 

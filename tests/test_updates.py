@@ -1,4 +1,4 @@
-"""How optimizers act on entries that come while they run. Rows: reference/id3.md, sections 5 and 6.2."""
+"""How optimizers act on entries that come while they run. See docs/id3.md."""
 
 import copy
 import itertools
