@@ -18,7 +18,7 @@ from .selection import Selection, Whole
 from .slots import Slots, refuse_differing_ranks
 from .streaming import Unmasking
 from .update_method import UpdateMethod
-from .updates import Updates
+from .updates import Updates, refuse_kind
 
 __all__ = ["Tuner", "attach"]
 
@@ -146,7 +146,9 @@ class Tuner:
         return [slot.values for slot in self.slots]
 
     def optimizer(self, cls: Callable[..., torch.optim.Optimizer], **kwargs: Any) -> torch.optim.Optimizer:
-        """Build `cls(parameters, **kwargs)` and keep the weights in step with it."""
+        """Build `cls(parameters, **kwargs)` and keep the weights in step with it; errors as `watch`."""
+        if self.unmasking is not None:
+            refuse_kind(cls)
         return self.watch(cls(self.parameters(), **kwargs))
 
     def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -252,9 +254,15 @@ class Tuner:
 
 
 def _frozen(model: nn.Module) -> Selection:
-    """The parameters that its user froze; none where all are frozen, as in a model loaded for inference."""
+    """The parameters that its user froze; none where all are frozen, as in a model loaded for inference.
+
+    Raises:
+        ValueError: for a PEFT model whose adapter is frozen.
+    """
     parameters = dict(model.named_parameters())
     if not any(p.requires_grad for p in parameters.values()):
+        if adapters.is_peft(model):
+            raise ValueError("this PEFT model's adapter is frozen: load it with PeftModel.from_pretrained(…, is_trainable=True)")
         return Selection()
     return Selection({name: Whole(tuple(p.shape)) for name, p in parameters.items() if not p.requires_grad})
 
