@@ -267,7 +267,7 @@ def test_another_run_cannot_go_on(change, updates, message):
 
 def test_rolling_back_drops_the_pending_choice():
     """A checkpoint that is loaded between backward and update is what goes on."""
-    results = []
+    results, state = [], ({}, {})
     for rolls_back in (False, True):
         tuner = attach(leaves((20,), (30,)), ID3(budget=12, steps=4))
         optimizer = tuner.optimizer(adamw)
