@@ -215,7 +215,7 @@ def test_dropout_of_idle_layers_is_off():
     model = adapted()
     tuner = attached(model, RST(layers=2))
     optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
-    for step in range(10):
+    for _ in range(10):
         model.train()
         active = set(tuner.rotation.active)
         model(**tiny.batch(NAME)).loss.backward()
