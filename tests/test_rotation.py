@@ -72,11 +72,11 @@ def test_all_is_trainable_until_the_first_forward():
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     tuner = attached(model, RST(layers=2))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    model.eval()(**tiny.batch(NAME))
+    assert all(p.requires_grad for name, p in model.named_parameters() if name in trainable)  # evaluation is no training
     optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(s.values) for s in tuner.slots}
     assert {slot.name for slot in tuner.slots} == trainable
-    model.eval()(**tiny.batch(NAME))
-    assert all(p.requires_grad for name, p in model.named_parameters() if name in trainable)  # evaluation is no training
     model.train()(**tiny.batch(NAME))
     assert {layer_of(name) for name, p in model.named_parameters() if p.requires_grad} == set(tuner.rotation.active)
 

@@ -93,13 +93,14 @@ class Rotation:
         self._batches: Any = None
         self._damping = _damping(model, self.layers.groups, self._parts, method.learns)
         self._resting = Resting(model, self.layers.paths, idle_dropout=method.idle_dropout)
-        self._applied = False
+        self._applied = self._watched = False
         self.active: list[int] = []
         self._draw(0)
         self._handle = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """See to it that idle layers rest before the first of the optimizer's steps, whatever came before it."""
+        self._watched = True
         optimizer.register_step_pre_hook(lambda *_: self.apply())
 
     def apply(self) -> None:
@@ -259,7 +260,7 @@ class Rotation:
                     held |= {k: v.to(place) for k, v in held.items() if isinstance(v, Tensor) and v.dim() > 0}
 
     def _before_forward(self, model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if model.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (model.training or self._watched):
             self.apply()
             self._resting.look(inputs, kwargs)
 
