@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, final
 
@@ -21,32 +20,15 @@ from torch import Tensor, nn
 from . import adapters
 from .calibration import quiet
 from .layer_method import LayerMethod
+from .parts import Part
 from .probe import Probe, batch_on, chunks
 from .resting import Resting
 from .scores import stable_seed
 from .stacks import stacks
 
-__all__ = ["Part", "Rotation"]
+__all__ = ["Rotation"]
 
 _DTYPE = torch.float64
-
-
-@final
-@dataclass(frozen=True)
-class Part:
-    """What the optimizer trains of one parameter.
-
-    Attributes:
-        parameter: what the optimizer sees.
-        activate: lets gradients reach it, or none.
-        keep_start: remembers the present values of the weight.
-        damp: writes start + factor · (tuned − start) into the weight and returns what writes the exact values back.
-    """
-
-    parameter: nn.Parameter
-    activate: Callable[[bool], None]
-    keep_start: Callable[[], None]
-    damp: Callable[[float], Callable[[], None]]
 
 
 @final
