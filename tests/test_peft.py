@@ -28,6 +28,8 @@ SETTINGS = {
     "shira": {"budget": 0.05},
     "fishmask": {"budget": 0.02},
     "bitfit": {"tensors": "one_dimensional"},
+    "ist": {"layers": 1, "of": {"name": "s2ft", "o": 0.5, "down": 0.25}},
+    "rst": {"layers": 1, "of": {"name": "bitfit", "tensors": "one_dimensional"}},
 }
 EVERY = {name: SETTINGS.get(name, {}) for name in METHODS}
 

@@ -30,7 +30,7 @@ __all__ = [
     "refuse_foreign",
 ]
 
-Phase = Literal["start", "forward", "update"]
+Phase = Literal["start", "forward", "update", "layer"]
 State = Mapping[str, Any]  # tensors and JSON values only: it is written into checkpoints
 
 
@@ -46,8 +46,17 @@ class Method(ABC):
         """Whether `choose` looks at data."""
         return False
 
+    @property
+    def chooser(self) -> Method:
+        """What chooses entries: the method itself, or the one whose layers it trains in turn."""
+        return self
+
+    def choosing_by(self, chooser: Method) -> Method:
+        """The same method with another chooser."""
+        return chooser
+
     @abstractmethod
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         """Names of the parameters that may ever be selected."""
 
     @abstractmethod
@@ -101,7 +110,7 @@ class EntryMethod(Method):
         """Turn scores into a selection; `free` holds how many entries of each parameter may be chosen."""
         return top_k(scores, resolve_budget(self.budget, sum(free.values())))
 
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         return set(self.targets(model))
 
     def choose(

@@ -77,7 +77,7 @@ class UpdateMethod(Method):
         """Whether each update chooses anew, so that entries may leave again."""
         return False
 
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         return set(matching(model, self.include, self.exclude)) - set(self.always(model))
 
     def always(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -107,7 +107,7 @@ class UpdateMethod(Method):
 
         State: `{parameter name: offsets of its entries chosen so far}`.
         """
-        parameters, candidates = dict(model.named_parameters()), self.candidates(model)
+        parameters, candidates = dict(model.named_parameters()), self.selectable(model)
         names = [name for name in parameters if name in candidates]
         chosen = Selection({name: from_flat(tuple(parameters[name].shape), state[name]) for name in names if name in state})
         free = {name: parameters[name].numel() - (exclude[name].count if name in exclude else 0) for name in names}
