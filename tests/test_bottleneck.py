@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 import tiny
 from intaglio.hf import BottleneckConfig
-from intaglio.hf.bottleneck import ACTIVATIONS, BottleneckLayer
+from intaglio.hf.bottleneck_layer import ACTIVATIONS, BottleneckLayer
 from peft_tools import logits, refuses, same, train
 
 PLACEMENTS = ("series", "parallel")
