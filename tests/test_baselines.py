@@ -110,7 +110,7 @@ def test_shira_random_differs_by_seed_and_name_alone():
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_shira_targets_the_matrices_of_the_layers(name):
     model = tiny.build(name)
-    targets = SHiRA().candidates(model)
+    targets = SHiRA().selectable(model)
     for layer in ("0", "1"):
         assert any(f".{layer}." in target for target in targets)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -118,7 +118,7 @@ def test_shira_targets_the_matrices_of_the_layers(name):
         inside = any(f"{stack}.{i}." in key for stack in ("layers", "layer", "h") for i in (0, 1))
         assert (key in targets) == (inside and parameter.dim() >= 2)
         assert not (key in targets and id(parameter) in tables)
-    everywhere = SHiRA(include=("*",)).candidates(model)
+    everywhere = SHiRA(include=("*",)).selectable(model)
     assert everywhere == {key for key, p in model.named_parameters() if p.dim() >= 2}
 
 
@@ -189,11 +189,11 @@ def test_exclusion_gives_the_next_best(method):
     first = chosen(method, model, data)
     second = chosen(method, model, data, first)
     assert second.overlap(first) == 0
-    free = sum(model.get_parameter(key).numel() for key in method.candidates(model)) - first.size
+    free = sum(model.get_parameter(key).numel() for key in method.selectable(model)) - first.size
     assert second.size == int(0.1 * free + 0.5)
     double = chosen(type(method)(**{**vars(method), "budget": first.size + second.size}), model, data)
     assert first.union(second).overlap(double) >= double.size - len(double)  # quotas are rounded per matrix
-    everything = Selection({key: Whole(tuple(model.get_parameter(key).shape)) for key in method.candidates(model)})
+    everything = Selection({key: Whole(tuple(model.get_parameter(key).shape)) for key in method.selectable(model)})
     with pytest.raises(ValueError, match="nothing is left to choose from"):
         chosen(method, model, data, everything)
 

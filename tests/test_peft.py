@@ -29,7 +29,7 @@ SETTINGS = {
     "fishmask": {"budget": 0.02},
     "bitfit": {"tensors": "one_dimensional"},
 }
-EVERY = {name: SETTINGS.get(name, {}) for name in METHODS}
+EVERY = {name: SETTINGS.get(name, {}) for name, cls in METHODS.items() if cls.phase != "layer"}
 
 
 MOST = ["gqa_llama", "tied_llama", "fused_phi3", "transposed_gpt2", "mixtral", "bert"]

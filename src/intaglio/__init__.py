@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .delta import Delta as Delta
     from .methods import ID3 as ID3
+    from .methods import IST as IST
+    from .methods import LISA as LISA
+    from .methods import RST as RST
     from .methods import S2FT as S2FT
     from .methods import SNIP as SNIP
     from .methods import BitFit as BitFit
@@ -37,6 +40,9 @@ _HOME = {
     "Batches": "probe",
     "S2FT": "methods",
     "ID3": "methods",
+    "IST": "methods",
+    "LISA": "methods",
+    "RST": "methods",
     "StaticGradient": "methods",
     "SNIP": "methods",
     "Random": "methods",
@@ -50,6 +56,9 @@ _HOME = {
 }
 __all__ = [
     "ID3",
+    "IST",
+    "LISA",
+    "RST",
     "S2FT",
     "SNIP",
     "Batches",

@@ -30,7 +30,7 @@ __all__ = [
     "refuse_foreign",
 ]
 
-Phase = Literal["start", "forward", "update"]
+Phase = Literal["start", "forward", "update", "layer"]
 State = Mapping[str, Any]  # tensors and JSON values only: it is written into checkpoints
 
 
@@ -47,7 +47,7 @@ class Method(ABC):
         return False
 
     @abstractmethod
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         """Names of the parameters that may ever be selected."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class EntryMethod(Method):
         """Turn scores into a selection; `free` holds how many entries of each parameter may be chosen."""
         return top_k(scores, resolve_budget(self.budget, sum(free.values())))
 
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         return set(self.targets(model))
 
     def choose(

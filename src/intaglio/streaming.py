@@ -56,7 +56,7 @@ class Unmasking:
         adapters.refuse_unscorable(model)
         self.method, self.updates, self.step = method, updates, 0
         self.whole = Selection({name: Whole(tuple(p.shape)) for name, p in method.always(model).items()}).difference(exclude)
-        candidates = method.candidates(model)
+        candidates = method.selectable(model)
         parameters = {name: p for name, p in model.named_parameters() if name in candidates}
         free = {name: p.numel() - (exclude[name].count if name in exclude else 0) for name, p in parameters.items()}
         self._pools = [_Pool(list(pool.free), pool.budget) for pool in method.budgets({n: c for n, c in free.items() if c})]

@@ -77,7 +77,7 @@ class UpdateMethod(Method):
         """Whether each update chooses anew, so that entries may leave again."""
         return False
 
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         return set(matching(model, self.include, self.exclude)) - set(self.always(model))
 
     def always(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -108,7 +108,7 @@ class UpdateMethod(Method):
         State: `{parameter name: offsets of its entries chosen so far}`.
         """
         parameters = dict(model.named_parameters())
-        names = [name for name in parameters if name in self.candidates(model)]
+        names = [name for name in parameters if name in self.selectable(model)]
         chosen = Selection({name: from_flat(tuple(parameters[name].shape), state[name]) for name in names if name in state})
         free = {name: parameters[name].numel() - (exclude[name].count if name in exclude else 0) for name in names}
         taken = exclude if self.renews else exclude.union(chosen)

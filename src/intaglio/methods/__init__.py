@@ -13,15 +13,21 @@ from .bitfit import BitFit
 from .fishmask import FishMask
 from .full import Full
 from .id3 import ID3
+from .ist import IST
+from .lisa import LISA
 from .magnitude import PaFi
 from .random import Random
+from .rst import RST
 from .s2ft import S2FT
 from .salience import SNIP, StaticGradient
 from .shira import SHiRA
 
 __all__ = [
     "ID3",
+    "IST",
+    "LISA",
     "METHODS",
+    "RST",
     "S2FT",
     "SNIP",
     "BitFit",
@@ -35,26 +41,32 @@ __all__ = [
     "nearest",
 ]
 
-_ALL: tuple[type[Method], ...] = (S2FT, ID3, StaticGradient, SNIP, Random, PaFi, SHiRA, FishMask, BitFit, Full)
+_ALL: tuple[type[Method], ...] = (S2FT, ID3, IST, StaticGradient, SNIP, Random, PaFi, SHiRA, FishMask, BitFit, Full, LISA, RST)
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
 
-def build(config: Mapping[str, Any]) -> Method:
+def build(config: Mapping[str, Any], where: str = "method") -> Method:
     """Make a method from `{"name": "s2ft", field: value, …}`, as a run file or an adapter holds it.
+
+    Args:
+        config: name and fields; of a method that trains layers of another, `of` holds that one likewise.
+        where: what to call it in errors.
 
     Raises:
         ValueError: for an unknown name or field (the nearest known one is shown), or a value out of range.
     """
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     name = fields.pop("name", None)
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method.name={name!r}: unknown; {nearest(str(name), METHODS)}")
+        raise ValueError(f"{where}.name={name!r}: unknown; {nearest(str(name), METHODS)}")
     cls = METHODS[name]
+    if isinstance(fields.get("of"), Mapping):
+        fields["of"] = build(fields["of"], f"{where}.of")
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]  # every method is a dataclass
-    unknown = [f"method.{key}: unknown for {name!r}; {nearest(key, known)}" for key in fields if key not in known]
+    unknown = [f"{where}.{key}: unknown for {name!r}; {nearest(key, known)}" for key in fields if key not in known]
     if unknown:
         raise ValueError("; ".join(unknown))
-    problems = [f"method.{k}={v!r}: wanted is {_wanted(k, cls)}" for k, v in fields.items() if not _fits(v, _hint(k, cls))]
+    problems = [f"{where}.{k}={v!r}: wanted is {_wanted(k, cls)}" for k, v in fields.items() if not _fits(v, _hint(k, cls))]
     if problems:
         raise ValueError("; ".join(problems))
     return cls(**fields)
@@ -79,6 +91,8 @@ def _wanted(field: str, cls: type[Method]) -> str:
     hint = _hint(field, cls)
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(typing.get_args(hint))}"
+    if field == "of":
+        return "a method, {name: …, field: value, …}, or None"
     return "a list of names" if typing.get_origin(hint) is tuple else getattr(hint, "__name__", str(hint)).replace("|", "or")
 
 

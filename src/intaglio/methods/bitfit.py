@@ -57,7 +57,7 @@ class BitFit(Method):
             problems.append(f"tensors={self.tensors!r}: known are {', '.join(typing.get_args(Tensors))}")
         refuse("BitFit", problems)
 
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         return set(self._chosen(model))
 
     def choose(

@@ -39,7 +39,7 @@ class Full(Method):
 
     include: tuple[str, ...] = ("*",)
 
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         return set(matching(model, self.include))
 
     def choose(

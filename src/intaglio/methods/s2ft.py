@@ -105,7 +105,7 @@ class S2FT(Method):
     def needs_probe(self) -> bool:
         return self.select in _ON_DATA
 
-    def candidates(self, model: nn.Module) -> set[str]:
+    def selectable(self, model: nn.Module) -> set[str]:
         return {layer.projections[role].parameter for layer in describe(model) for role in self._roles_in(layer)}
 
     def choose(

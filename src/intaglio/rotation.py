@@ -1,0 +1,1 @@
+"""Which layers train now: draws, probes and what follows from them, applied to a model."""
