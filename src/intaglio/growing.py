@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .selection import Entries, from_flat
-from .slots import Slot, fingerprint
+from .slots import Slot, damped_values, fingerprint
 
 __all__ = ["GrowingSlot"]
 
@@ -161,6 +161,23 @@ class GrowingSlot(Slot):
     def write(self) -> None:
         if self._index.numel():
             self.target.put_(self.index, self._tuned(self.values.detach(), self._base))
+
+    def keep_start(self) -> None:
+        """Nothing to do: the base's values at all entries are held anyway."""
+
+    @torch.no_grad()
+    def damp(self, factor: float) -> Callable[[], None]:
+        index, base = torch.cat([self._index, self.left[0]]).long(), torch.cat([self._base, self.left[1]])
+        if not index.numel():
+            return lambda: None
+        tuned = self.target.detach().take(index)
+        self.target.put_(index, damped_values(base, tuned, factor))
+
+        def undo() -> None:
+            with torch.no_grad():
+                self.target.put_(index, tuned)
+
+        return undo
 
     def is_stale(self) -> bool:
         return not torch.equal(self.target.detach().take(self.index), self._tuned(self.values.detach(), self._base))

@@ -75,6 +75,18 @@ class LayerMethod(Method):
         return self.learns or (self.of is not None and self.of.needs_probe)
 
     @property
+    def damping(self) -> float:
+        """Factor on what suppressed layers add to the base, β."""
+        return 0.0
+
+    @property
+    def chooser(self) -> Method:
+        return self if self.of is None else self.of
+
+    def choosing_by(self, chooser: Method) -> Method:
+        return dataclasses.replace(self, of=chooser)
+
+    @property
     def learns(self) -> bool:
         """Whether importance is learned, from probes."""
         return False
@@ -112,7 +124,7 @@ class LayerMethod(Method):
         return step % self.redraw == 0
 
     def probes_at(self, step: int) -> bool:
-        """Whether importance is learned after update number `step`."""
+        """Whether a probe is made after update number `step`."""
         return False
 
     def weights(self, importance: Tensor) -> Tensor:

@@ -46,6 +46,15 @@ class Method(ABC):
         """Whether `choose` looks at data."""
         return False
 
+    @property
+    def chooser(self) -> Method:
+        """What chooses entries: the method itself, or the one whose layers it trains in turn."""
+        return self
+
+    def choosing_by(self, chooser: Method) -> Method:
+        """The same method with another chooser."""
+        return chooser
+
     @abstractmethod
     def selectable(self, model: nn.Module) -> set[str]:
         """Names of the parameters that may ever be selected."""

@@ -6,9 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Batches", "Probe"]
+__all__ = ["Batches", "Probe", "batch_on", "chunks"]
+
+_IGNORED = -100  # the label that transformers' losses skip
 
 
 class Probe(Protocol):
@@ -59,3 +62,46 @@ class Batches:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return self.loss_fn(model, batch)
+
+
+def batch_on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def chunks(model: nn.Module, batch: Mapping[str, Any], largest: int) -> Iterator[tuple[dict[str, Any], float]]:
+    """Split a batch by rows, so that no piece is larger than what the model is trained on.
+
+    Args:
+        model: whose loss is a mean over labels, shifted by one where it is a causal language model of transformers.
+        batch: keyword arguments of the model.
+        largest: numbers that the first tensor of a piece may hold, though at least one row; 0: no limit.
+
+    Yields:
+        A piece and its share of the batch's labels: Σ share · loss(piece) is the loss of the batch.
+    """
+    first = next((x for x in batch.values() if isinstance(x, Tensor) and x.dim() > 0), None)
+    rows = 1 if first is None else first.shape[0]
+    at_once = rows if not largest or first is None else max(1, largest * rows // max(first.numel(), 1))
+    if at_once >= rows:
+        yield dict(batch), 1.0
+        return
+    pieces = [_rows(batch, slice(start, start + at_once), rows) for start in range(0, rows, at_once)]
+    counts = [_label_count(model, piece) for piece in pieces]
+    for piece, count in zip(pieces, counts, strict=True):
+        if count or not sum(counts):
+            yield piece, count / sum(counts) if sum(counts) else 1 / len(pieces)
+
+
+def _rows(batch: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
+    split = {key for key, x in batch.items() if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows}
+    return {key: x[part] if key in split else x for key, x in batch.items()}
+
+
+def _label_count(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """How many labels the loss of a batch is a mean of; rows, where it has none."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return next(x.shape[0] for x in batch.values() if isinstance(x, Tensor) and x.dim() > 0)
+    shifted = labels.dim() == 2 and getattr(model, "loss_type", None) == "ForCausalLM"
+    return int(((labels[:, 1:] if shifted else labels) != _IGNORED).sum())

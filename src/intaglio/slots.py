@@ -20,7 +20,7 @@ from . import partial_linear
 from .selection import Entries, Selection, Slices, Whole
 from .structure import is_transposed
 
-__all__ = ["FixedSlot", "Slot", "Slots", "fingerprint", "refuse_differing_ranks"]
+__all__ = ["FixedSlot", "Slot", "Slots", "damped_values", "fingerprint", "refuse_differing_ranks"]
 
 
 class Slot(nn.Module, ABC):
@@ -76,6 +76,20 @@ class Slot(nn.Module, ABC):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state that `check` has passed."""
 
+    def activate(self, active: bool) -> None:
+        """Let gradients reach `values`, or none: then nothing is kept for backward and no gradient is left."""
+        (self.target if self.is_alias or self.is_gathered else self.values).requires_grad_(active)
+        if not active:
+            self.values.grad = None
+
+    @abstractmethod
+    def keep_start(self) -> None:
+        """Remember the present values of the weight, which `damp` damps toward."""
+
+    @abstractmethod
+    def damp(self, factor: float) -> Callable[[], None]:
+        """Write start + factor · (tuned − start) into the weight; what is returned writes the exact tuned values back."""
+
     def disconnect(self) -> None:
         """Let no more gradients reach `values`; the weight keeps its present values."""
         self._remove()
@@ -104,6 +118,7 @@ class FixedSlot(Slot):
         base = placed.gather(target)
         super().__init__(name, target, target if is_alias else nn.Parameter(base.to(dtype)))
         self.entries, self.is_alias, self._fingerprint = placed, is_alias, fingerprint(base)
+        self._start: Tensor | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -115,6 +130,16 @@ class FixedSlot(Slot):
 
     def is_stale(self) -> bool:
         return not self.is_alias and not torch.equal(self.entries.gather(self.target), self.values.detach().to(self.target))
+
+    def keep_start(self) -> None:
+        self._start = self.entries.gather(self.target).clone()
+
+    @torch.no_grad()
+    def damp(self, factor: float) -> Callable[[], None]:
+        assert self._start is not None
+        tuned = self.entries.gather(self.target).clone()
+        self.entries.scatter_(self.target, damped_values(self._start, tuned, factor))
+        return lambda: self.entries.scatter_(self.target, tuned)
 
     def connect(self, module: nn.Module | None, *, partial: bool) -> None:
         """Let gradients reach `values`: through a partial product in `module`, else gathered from the dense one."""
@@ -156,6 +181,8 @@ class FixedSlot(Slot):
             self.values.data = self.values.data.to(device)
             self.values.grad = None if self.values.grad is None else self.values.grad.to(device)
             self.entries = self.entries.to(device)
+        if self._start is not None:
+            self._start = fn(self._start)
         return self
 
 
@@ -267,6 +294,12 @@ def fingerprint(values: Tensor) -> str:
     header = f"{values.dtype}{list(values.shape)}".encode()
     raw = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(header + raw.tobytes()).hexdigest()[:16]
+
+
+def damped_values(start: Tensor, tuned: Tensor, factor: float) -> Tensor:
+    """start + factor · (tuned − start), taken in at least fp32, in the type of `tuned`."""
+    wide = torch.promote_types(tuned.dtype, torch.float32)
+    return (start.to(wide) + factor * (tuned.to(wide) - start.to(wide))).to(tuned.dtype)
 
 
 def _check(parameters: dict[str, nn.Parameter], selection: Selection) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from . import adapters
 from .delta import Delta
+from .layer_method import LayerMethod
 from .method import Method, State, refuse_foreign
 from .permute import Layout, co_permute
 from .probe import Probe
+from .rotation import Part, Rotation
 from .selection import Selection, Whole
 from .slots import Slots, refuse_differing_ranks
 from .streaming import Unmasking
@@ -72,11 +74,17 @@ def attach(
         raise ValueError("this model has a tuner attached already; call its detach() first")
     refuse_foreign(exclude or Selection(), model)
     exclude = (exclude or Selection()).union(_frozen(model))
-    if method.phase == "update":
+    layered = cast(LayerMethod, method) if method.phase == "layer" else None
+    if layered is not None:
+        adapters.refuse_prompts(model, type(method).__name__)
+    if method.chooser.phase == "update":
         if permute or selection is not None:
-            raise ValueError(f"permute, selection: no effect with {method.name!r}, which chooses single entries as it trains")
-        unmasking = Unmasking(model, cast(UpdateMethod, method), exclude, updates or Updates())
-        return Tuner(model, method, unmasking.whole, {}, Layout(), base=base, partial=partial, unmasking=unmasking)
+            raise ValueError(
+                f"permute, selection: no effect with {method.chooser.name!r}, which chooses single entries as it trains"
+            )
+        unmasking = Unmasking(model, cast(UpdateMethod, method.chooser), exclude, updates or Updates())
+        tuner = Tuner(model, method, unmasking.whole, {}, Layout(), base=base, partial=partial, unmasking=unmasking)
+        return tuner if layered is None else tuner.rotate(layered, probe)
     if updates is not None:
         raise ValueError(f"updates={updates}: no effect with {method.name!r}, which chooses before training; leave it out")
     state: State = {}
@@ -86,7 +94,8 @@ def attach(
         raise ValueError(f"{method}: selects nothing in this model")
     refuse_differing_ranks(selection)
     layout = co_permute(model, selection, probe) if permute else Layout()
-    return Tuner(model, method, selection, state, layout, base=base, partial=partial)
+    tuner = Tuner(model, method, selection, state, layout, base=base, partial=partial)
+    return tuner if layered is None else tuner.rotate(layered, probe)
 
 
 @final
@@ -98,6 +107,7 @@ class Tuner:
         layout: where the chosen entries lie now, if the model was permuted.
         slots: the compact trainable values.
         unmasking: what chooses while training, where the method does.
+        rotation: what lets layers train in turn, where the method does.
         step: optimizer updates made so far.
     """
 
@@ -114,6 +124,7 @@ class Tuner:
         unmasking: Unmasking | None = None,
     ) -> None:
         self.model, self.layout, self.unmasking, self.step = model, layout, unmasking, 0
+        self.rotation: Rotation | None = None
         self._method, self._fixed, self._state = method, selection, state
         self._base = base if base is not None else _base_name(model)
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -131,7 +142,7 @@ class Tuner:
     @property
     def method(self) -> Method:
         """The method that chooses, with the length of the run once that is known."""
-        return self._method if self.unmasking is None else self.unmasking.method
+        return self._method if self.unmasking is None else self._method.choosing_by(self.unmasking.method)
 
     @property
     def selection(self) -> Selection:
@@ -140,6 +151,20 @@ class Tuner:
             return self._fixed
         both = self._fixed.union(self.unmasking.selection)
         return Selection({name: both[name] for name, _ in self.model.named_parameters() if name in both})
+
+    def rotate(self, method: LayerMethod, probe: Probe | None) -> Tuner:
+        """Let layers train in turn, as `method` draws them; `attach` does it. Returns the tuner.
+
+        Raises:
+            ValueError: where the method does not fit the model; the tuner is detached then.
+        """
+        parts = {slot.name: Part(slot.values, slot.activate, slot.keep_start, slot.damp) for slot in self.slots}
+        try:
+            self.rotation = Rotation(self.model, method, parts, probe)
+        except BaseException:
+            self.detach()
+            raise
+        return self
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable values, one compact tensor per selected parameter, in selection order."""
@@ -161,7 +186,9 @@ class Tuner:
             )
         if self.unmasking is not None:
             self.unmasking.watch(optimizer)
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        if self.rotation is not None:
+            self.rotation.watch(optimizer)
+        optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
         return optimizer
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -204,6 +231,7 @@ class Tuner:
         """What a resumed run needs beside the optimizer: values in full precision, step, and the method's state."""
         state = {"method": self.method.to_dict(), "step": self.step, "state": dict(self._state)}
         run = None if self.unmasking is None else self.unmasking.conditions()
+        state |= {"rotation": None if self.rotation is None else self.rotation.state()}
         return state | {"unmasking": run, "slots": self.slots.state(), "fingerprints": self.slots.fingerprints()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -213,13 +241,17 @@ class Tuner:
             ValueError: where it comes from another method, other entries or another base; nothing is changed then.
         """
         if self.unmasking is not None:
-            self.unmasking.check(state["method"], state["unmasking"])
+            self.unmasking.check(_chooser(state["method"]), state["unmasking"])
         elif state["method"] != self.method.to_dict():
             raise ValueError(f"resume: the checkpoint's method is {state['method']}, this run's {self.method.to_dict()}")
+        if self.rotation is not None:
+            self.rotation.check(state["method"], state.get("rotation"))
         self.slots.load(state["slots"], state["fingerprints"])
         self.step, self._state = int(state["step"]), dict(state["state"])
         if self.unmasking is not None:
-            self.unmasking.resume(self.step, state["method"])
+            self.unmasking.resume(self.step, _chooser(state["method"]))
+        if self.rotation is not None:
+            self.rotation.load(state["rotation"])
 
     def detach(self) -> nn.Module:
         """Take everything of ours off the model and return it, an ordinary model with the tuned weights.
@@ -229,6 +261,8 @@ class Tuner:
         """
         if self.model._modules.get(Slots.REGISTERED_AS) is not self.slots:
             raise ValueError("this tuner is detached already; attach again to go on training")
+        if self.rotation is not None:
+            self.rotation.release()
         self.slots.write()
         self.layout.revert_(self.model)
         for slot in self.slots:
@@ -242,9 +276,11 @@ class Tuner:
         own = {id(parameter) for parameter in self.slots.parameters()} - {id(slot.target) for slot in self.slots}
         return sum(parameter.numel() for parameter in self.model.parameters() if id(parameter) not in own)
 
-    def _after_step(self) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.slots.write()
         self.step += 1
+        if self.rotation is not None:
+            self.rotation.advance(self.step, optimizer)
 
     def _restore_requires_grad(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -257,6 +293,11 @@ def _frozen(model: nn.Module) -> Selection:
     if not any(p.requires_grad for p in parameters.values()):
         return Selection()
     return Selection({name: Whole(tuple(p.shape)) for name, p in parameters.items() if not p.requires_grad})
+
+
+def _chooser(method: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a method as a checkpoint holds it, the part that chooses entries."""
+    return method["of"] if isinstance(method.get("of"), Mapping) else method
 
 
 def _base_name(model: nn.Module) -> str | None:

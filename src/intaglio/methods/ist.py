@@ -107,6 +107,10 @@ class IST(LayerMethod):
     def learns(self) -> bool:
         return self.rate != 0
 
+    @property
+    def damping(self) -> float:
+        return float(self.suppression)
+
     def check(self, layer_count: int) -> None:
         super().check(layer_count)
         count = self.suppressed_count(layer_count)
@@ -121,7 +125,7 @@ class IST(LayerMethod):
         return count_of("IST.suppressed", self.suppressed, layer_count)
 
     def probes_at(self, step: int) -> bool:
-        return step > 0 and step % self.interval == 0
+        return self.learns and step > 0 and step % self.interval == 0
 
     def weights(self, importance: Tensor) -> Tensor:
         return importance.sigmoid()
