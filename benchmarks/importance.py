@@ -89,20 +89,24 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    measured: dict[str, Any] = {}
-    if arguments.write and arguments.write.with_suffix(".json").is_file():
-        measured = json.loads(arguments.write.with_suffix(".json").read_text())
     how = {"command": f"python {shlex.join(sys.argv)}", "device": device()}
+    measured: dict[str, Any] = {}
     for name in arguments.parts:
         part = stack_part(arguments.draws) if name == "stack" else model_part(arguments.seeds, arguments.lr)
         measured[name] = how | part
-    text = importance_report.text(measured)
-    print(text)
+    print(importance_report.text(measured))
     if arguments.write:
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        arguments.write.with_suffix(".json").write_text(json.dumps(measured) + "\n")
-        arguments.write.with_suffix(".md").write_text(text)
-        importance_report.draw(measured, arguments.write.with_suffix(".png"))
+        _write(measured, arguments.write)
+
+
+def _write(measured: dict[str, Any], output: Path) -> None:
+    file = output.with_suffix(".json")
+    earlier = json.loads(file.read_text()) if file.is_file() else {}
+    measured = earlier | json.loads(json.dumps(measured), parse_float=lambda number: round(float(number), 5))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(measured) + "\n")
+    output.with_suffix(".md").write_text(importance_report.text(measured))
+    importance_report.draw(measured, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,9 @@ def means(runs: Sequence[Run], measure: str) -> list[float]:
 def paired(runs: Sequence[Run], others: Sequence[Run], measure: str) -> list[tuple[float, float]]:
     """Mean difference of a measure between runs of the same seeds, and half its 95 % t-interval, per look."""
     found = []
-    for ours, theirs in zip(zip(*(r[measure] for r in runs)), zip(*(r[measure] for r in others)), strict=True):
-        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    pairs = [zip(a[measure], b[measure], strict=True) for a, b in zip(runs, others, strict=True)]
+    for column in zip(*pairs, strict=True):
+        gaps = [a - b for a, b in column]
         scale = STUDENT[min(len(gaps) - 2, len(STUDENT) - 1)] / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
         found.append((statistics.mean(gaps), scale * (statistics.stdev(gaps) if len(gaps) > 1 else 0.0)))
     return found
@@ -87,8 +88,9 @@ def _model(part: dict[str, Any]) -> list[str]:
     level = statistics.mean(level for level, _ in part["levels"])
     lines = [
         f"## A planted model of 12 layers\n\n{_how(part)}",
-        f"Held-out loss above the least possible, after so many training updates: means over {len(runs['RST'])} seeds, and paired "
-        f"differences from RST with 95 % intervals. Before training: {before:.3f} (loss {level:.2f}). Learning rate {part['lr']:g}.\n",
+        f"Before training: loss {level:.2f}, {before:.3f} above the least possible. Learning rate {part['lr']:g}.\n",
+        f"Held-out loss above the least possible, after so many training updates: means over {len(runs['RST'])} seeds, and",
+        "differences from RST, paired by seed, with 95 % intervals\n",
         *_head("method", updates),
     ]
     lines += [f"| {name} | {' | '.join(f'{x:.3f}' for x in means(of, 'excess'))} |" for name, of in runs.items()]
