@@ -117,6 +117,7 @@ RESUMED = {
     "random": ["method={name: random, budget: 500}"],
     "full": ["method={name: full}"],
     "lora": ["method={name: lora}"],
+    "bottleneck": ["method={name: bottleneck, bottleneck_size: 4, placement: parallel}"],
     "id3": ["method={name: id3, budget: 503}"],
     "id3-lean": [
         "method={name: id3, budget: 503}",
@@ -179,6 +180,21 @@ def test_calibrated_permuted_and_disjoint(place):
         assert not (place / "runs/never").exists()
 
 
+def test_bottleneck_adapters(place):
+    """A PEFT type of our own through the whole command: counted, saved, checked, scored again."""
+    settings = ["method={name: bottleneck, bottleneck_size: 4}", "train.output_dir=runs/series", "evaluate.limit=4"]
+    intaglio("train", "run.yaml", *settings, cwd=place)
+    result = json.loads((place / "runs/series/run.json").read_text())
+    tensors = safetensors.torch.load_file(place / "runs/series/adapter" / WEIGHTS)
+    assert result["trainable"]["entries"] == sum(t.numel() for t in tensors.values()) == 2 * 2 * 2 * 4 * 32
+    assert result["trainable"]["of"] == json.loads((place / "runs/run/run.json").read_text())["trainable"]["of"]
+    losses = [row["loss"] for row in result["training"]["history"] if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert json.loads(intaglio("verify", "runs/series", "--json", cwd=place).stdout)["equal"]
+    again = json.loads(intaglio("evaluate", "runs/series", "--json", cwd=place).stdout)
+    assert {key: again[key] for key in result["after"]} == result["after"]
+
+
 def test_entries_chosen_on_training_rows(place):
     settings = ["method={name: fishmask, budget: 500, samples: 6, exclude: ['*embed*']}", "data.calibration=10"]
     settings += ["train.output_dir=runs/fishmask", "evaluate.before=false", "evaluate.limit=1"]
@@ -223,7 +239,9 @@ def test_methods_lists_all(place):
 
     listed = json.loads(intaglio("methods", "--json", cwd=place).stdout)
     assert listed.keys() == METHODS.keys()
-    assert "down" in intaglio("methods", cwd=place).stdout
+    text = intaglio("methods", cwd=place).stdout
+    for part in ("down", "lora", "BottleneckConfig"):
+        assert part in text
 
 
 MISTAKES = {

@@ -27,6 +27,11 @@ BAD = {
     "method field": ({"method": {"name": "s2ft", "dwn": 0.1}}, "did you mean 'down'"),
     "share": ({"method": {"name": "s2ft", "down": 1.5}}, "at most 1.0"),
     "lora field": ({"method": {"name": "lora", "rank": 8}}, "method.rank: unknown key"),
+    "bottleneck field": ({"method": {"name": "bottleneck", "size": 8}}, "method.size: unknown key"),
+    "bottleneck value": (
+        {"method": {"name": "bottleneck", "activation": "swish"}},
+        "method: BottleneckConfig: activation='swish'",
+    ),
     "block": ({"trian": {}}, "did you mean 'train'"),
     "data key": ({"data": {"task": "reasoning_gym/gcd", "sed": 1}}, "did you mean 'seed'"),
     "train key": ({"train": {"learning_rte": 1}}, "did you mean 'learning_rate'"),
@@ -78,6 +83,8 @@ def test_bad_files_and_overrides(tmp_path):
             load_config(path)
     replaced = load_config(GOOD, ["method={name: lora, r: 8}"])
     assert replaced.method == {"name": "lora", "r": 8}
+    replaced = load_config(GOOD, ["method={name: bottleneck, bottleneck_size: 8, target_modules: [mlp]}"])
+    assert replaced.method == {"name": "bottleneck", "bottleneck_size": 8, "target_modules": ["mlp"]}
     for override in ("learning_rate=1", "train.learning_rate", "=1", "train.=1"):
         with pytest.raises(ValueError, match=r"block\.key=value"):
             load_config(GOOD, [override])

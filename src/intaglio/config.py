@@ -1,7 +1,7 @@
 """The run file: six blocks, strict keys, every problem reported at once and before anything is loaded.
 
 model:     name, and arguments of `from_pretrained`
-method:    name, and the method's fields (or LoraConfig's for `lora`)
+method:    name, and the method's fields (a PEFT config's for `lora` and `bottleneck`)
 data:      where examples come from
 attach:    how the method is put on the model
 train:     SFTConfig keys, verbatim
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .methods import METHODS, build, nearest
+from .peft_methods import PEFT_METHODS, peft_problems
 from .updates import Updates
 
 __all__ = ["AttachBlock", "Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config", "sft_config"]
 
 UPDATES = tuple(field.name for field in dataclasses.fields(Updates))
-PEFT_METHODS = ("lora",)  # run by PEFT itself, so that a comparison needs one tool
 
 
 class _Block(BaseModel):
@@ -164,7 +164,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         problems += [_explain(e) for e in error.errors()]
     problems += _method_problems(raw["method"])
     problems += _train_problems(raw.get("train", {}))
-    problems += _lora_problems("attach.lora", (config.attach.lora if config else None) or {})
+    problems += peft_problems("attach.lora", "lora", (config.attach.lora if config else None) or {})
     problems += [] if config is None else _update_problems(config)
     if problems:
         lead = "" if len(problems) == 1 else f"{len(problems)} problems in the run file:\n  "
@@ -293,8 +293,8 @@ def _method_problems(method: Any) -> list[str]:
     if not isinstance(method, dict):
         return []  # pydantic has said so
     name = method.get("name")
-    if name in PEFT_METHODS:
-        return _lora_problems("method", method.keys() - {"name"})
+    if isinstance(name, str) and name in PEFT_METHODS:
+        return peft_problems("method", name, {key: value for key, value in method.items() if key != "name"})
     if not isinstance(name, str) or name not in METHODS:
         return [f"method.name={name!r}: unknown; {nearest(str(name), [*METHODS, *PEFT_METHODS])}"]
     try:
@@ -302,14 +302,6 @@ def _method_problems(method: Any) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
-
-
-def _lora_problems(block: str, keys: Collection[str]) -> list[str]:
-    if not keys:
-        return []
-    from peft import LoraConfig
-
-    return _unknown(block, keys, [field.name for field in dataclasses.fields(LoraConfig)])
 
 
 def _train_problems(train: Any) -> list[str]:

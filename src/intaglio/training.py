@@ -22,7 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import PEFT_METHODS, UPDATES, AttachBlock, Config, load_config, sft_config
+from .config import UPDATES, AttachBlock, Config, load_config, sft_config
+from .peft_methods import PEFT_METHODS, peft_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,7 +159,7 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     common: dict[str, Any] = {"args": run.arguments, "processing_class": run.tokenizer, **run.examples.datasets()}
     method: dict[str, Any] = dict(run.config.method)
     if method["name"] in PEFT_METHODS:
-        trainer = CheckpointedSFTTrainer(run.model, peft_config=_lora(method), **common)
+        trainer = CheckpointedSFTTrainer(run.model, peft_config=peft_config(method.pop("name"), method), **common)
         run.model = trainer.model
         return trainer
     chosen = build(method)
@@ -185,14 +186,7 @@ def _with_lora(model: Any, fields: dict[str, Any], seed: int) -> Any:
     from transformers import set_seed
 
     set_seed(seed)
-    return get_peft_model(model, _lora(fields))
-
-
-def _lora(method: dict[str, Any]) -> Any:
-    from peft import LoraConfig
-
-    fields: dict[str, Any] = {"task_type": "CAUSAL_LM"} | {key: value for key, value in method.items() if key != "name"}
-    return LoraConfig(**fields)
+    return get_peft_model(model, peft_config("lora", fields))
 
 
 def _checkpoint(output: Path) -> Path | None:
@@ -250,7 +244,8 @@ def _summary(
     if run.answers:
         lines = (json.dumps(record, default=str) for record in run.answers)
         (run.output / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    total = sum(p.numel() for n, p in run.model.named_parameters() if "lora_" not in n)
+    added = ("lora_", "bottleneck_")
+    total = sum(p.numel() for n, p in run.model.named_parameters() if not any(prefix in n for prefix in added))
     entries = run.tuner.selection.size if run.tuner is not None else _trainable(run.model)
     return {
         "output": str(run.output),

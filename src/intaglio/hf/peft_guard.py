@@ -12,7 +12,7 @@ from ..records import Record
 from .peft_layer import DeltaLayer
 from .peft_places import owner
 
-__all__ = ["check_module", "check_parameter", "check_tied", "check_tokens", "refuse_nested", "refuse_quantized"]
+__all__ = ["check_called", "check_module", "check_parameter", "check_tied", "check_tokens", "refuse_nested", "refuse_quantized"]
 
 _READ_ELSEWHERE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they hand their children's weights to fused kernels
 _MAMBA_KERNELS = {"out_proj", "conv1d"}  # Mamba's fused kernels read these weights directly
@@ -59,16 +59,26 @@ def check_module(model: nn.Module, parameter: str) -> None:
     path = owner(parameter)
     if not path:
         raise ValueError(f"{parameter}: belongs to the model itself; PEFT wraps submodules only: use intaglio.Delta.apply_")
-    module, parent = model.get_submodule(path), model.get_submodule(owner(path))
+    module = model.get_submodule(path)
     if _is_quantized(module):
         raise ValueError(f"{parameter}: quantized ({type(module).__name__}); load the model without quantization")
     if isinstance(module, nn.RNNBase) or "parametrizations" in path.split("."):
         raise ValueError(f"{parameter}: {type(module).__name__} keeps its own copies of weights; use intaglio.Delta.apply_")
+    check_called(model, path)
+
+
+def check_called(model: nn.Module, path: str) -> None:
+    """Refuse a module whose weight is read without calling the module.
+
+    Raises:
+        ValueError: naming the module and who reads its weight.
+    """
+    parent = model.get_submodule(owner(path))
     mamba = "mamba" in str(getattr(getattr(model, "config", None), "model_type", ""))
     if isinstance(parent, _READ_ELSEWHERE) or (mamba and path.rpartition(".")[2] in _MAMBA_KERNELS):
         raise ValueError(
-            f"{parameter}: {type(parent).__name__} reads this weight past any wrapper, so the adapter would be ignored; use "
-            "intaglio.Delta.apply_"
+            f"{path}: {type(parent).__name__} reads this weight past any wrapper, so the adapter would be ignored; leave the "
+            "module out, or use intaglio.Delta.apply_"
         )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..peft_methods import PEFT_METHODS
+
 __all__ = ["show"]
 
 
@@ -75,7 +77,7 @@ def _methods(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, method in result.items():
         fields = ", ".join(f"{k}={v!r}" for k, v in method["fields"].items() if k != "name")
         yield name, f"{method['summary']}\n{fields}\n"
-    yield "lora", "PEFT's LoRA, for comparison; fields are LoraConfig's"
+    yield from PEFT_METHODS.items()
 
 
 def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
