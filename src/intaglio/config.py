@@ -1,7 +1,8 @@
-"""The run file: six blocks, strict keys, every problem reported at once and before anything is loaded.
+"""The run file: seven blocks, strict keys, every problem reported at once and before anything is loaded.
 
 model:     name, and arguments of `from_pretrained`
 method:    name, and the method's fields (a PEFT config's for `lora` and `bottleneck`)
+schedule:  which layers train when: the name of a method that trains them in turn, and its fields
 data:      where examples come from
 attach:    how the method is put on the model
 train:     SFTConfig keys, verbatim
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .method import Method
 from .methods import METHODS, build, nearest
 from .peft_methods import PEFT_METHODS, peft_problems
 from .updates import Updates
@@ -134,10 +136,22 @@ class Config(_Block):
 
     model: ModelBlock = Field(default_factory=lambda: ModelBlock.model_validate({}))
     method: dict[str, Any]
+    schedule: dict[str, Any] | None = None
     data: DataBlock
     attach: AttachBlock = Field(default_factory=lambda: AttachBlock.model_validate({}))
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: EvaluateBlock | None = None
+
+    def build(self) -> Method | None:
+        """The method to attach, layers in turn included; None where PEFT trains by itself.
+
+        Raises:
+            ValueError: for fields out of range.
+        """
+        of = None if self.method["name"] in PEFT_METHODS else self.method
+        if self.schedule is None:
+            return None if of is None else build(of)
+        return build(self.schedule | ({} if of is None else {"of": of}), "schedule")
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -163,6 +177,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     except ValidationError as error:
         problems += [_explain(e) for e in error.errors()]
     problems += _method_problems(raw["method"])
+    problems += _schedule_problems(raw.get("schedule"))
     problems += _train_problems(raw.get("train", {}))
     problems += peft_problems("attach.lora", "lora", (config.attach.lora if config else None) or {})
     problems += [] if config is None else _update_problems(config)
@@ -299,6 +314,21 @@ def _method_problems(method: Any) -> list[str]:
         return [f"method.name={name!r}: unknown; {nearest(str(name), [*METHODS, *PEFT_METHODS])}"]
     try:
         build(method)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _schedule_problems(schedule: Any) -> list[str]:
+    if not isinstance(schedule, dict):
+        return []  # none, or pydantic has said so
+    in_turn = [name for name, cls in METHODS.items() if cls.phase == "layer"]
+    if schedule.get("name") not in in_turn:
+        return [f"schedule.name={schedule.get('name')!r}: unknown; {nearest(str(schedule.get('name')), in_turn)}"]
+    if "of" in schedule:
+        return ["schedule.of: what is trained in a layer is the method block's; leave it out"]
+    try:
+        build(schedule, "schedule")
     except ValueError as error:
         return [str(error)]
     return []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any, final
@@ -66,6 +66,7 @@ class Rotation:
         self.layers = stacks(model, parts)
         method.check(len(self.layers))
         self.model, self.method, self._parts, self._probe = model, method, dict(parts), probe
+        self._loss = None if probe is None else probe.loss
         self.importance = torch.zeros(len(self.layers), dtype=_DTYPE)
         self.visits, self._ages = [0] * len(self.layers), [0] * len(self.layers)
         self.probes = self.skipped = self._position = 0
@@ -84,6 +85,10 @@ class Rotation:
         """See to it that idle layers rest before the first of the optimizer's steps, whatever came before it."""
         self._watched = True
         optimizer.register_step_pre_hook(lambda *_: self.apply())
+
+    def measure_by(self, loss: Callable[[nn.Module, Mapping[str, Any]], Tensor]) -> None:
+        """Take another loss of the probe's batches than its own: a trainer's, which it trains on."""
+        self._loss = loss
 
     def apply(self) -> None:
         """Let the drawn layers train, and no others; done by the first training forward after a draw."""
@@ -125,14 +130,14 @@ class Rotation:
 
     def losses(self, sets: list[list[int]], batch: Mapping[str, Any]) -> list[float]:
         """The probe's loss of a batch with each set of layers damped; the model is left as it was, to the bit."""
-        assert self._probe is not None
+        assert self._loss is not None
         device = next(self.model.parameters()).device
         pieces = list(chunks(self.model, batch_on(batch, device), self._resting.largest))
         found = []
         with quiet(self.model), torch.no_grad(), self._resting.autocast():
             for places in sets:
                 with self._damped(places):
-                    found.append(math.fsum(float(self._probe.loss(self.model, piece)) * share for piece, share in pieces))
+                    found.append(math.fsum(float(self._loss(self.model, piece)) * share for piece, share in pieces))
         return found
 
     def state(self) -> dict[str, Any]:

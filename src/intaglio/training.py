@@ -6,6 +6,7 @@ OUTPUT/
   check.safetensors   a few prompts and the tuned model's logits, for `intaglio verify`
   answers.jsonl       every held-out answer, before and after
   unmasking.json      where the budget went, update by update, for methods that choose while training
+  layers.json         importance, draws and visits, for layers that train in turn
   loss.png accuracy.png
   checkpoint-N/       while it runs
 """
@@ -120,16 +121,14 @@ def _setup(config: Config, output: Path) -> Run:
 
 def _refuse_idle_settings(config: Config) -> None:
     """Refuse what the method as set would pass over in silence."""
-    from .methods import build
-
-    name, is_peft = config.method["name"], config.method["name"] in PEFT_METHODS
+    name, is_peft, chosen = config.method["name"], config.method["name"] in PEFT_METHODS, config.build()
     defaults = AttachBlock.model_validate({})
     if is_peft and config.attach != defaults:
         raise ValueError(f"attach: has no effect with method.name={name!r}; drop the block")
     idle = [key for key in UPDATES if getattr(config.attach, key) != getattr(defaults, key)]
-    if idle and build(config.method).phase != "update":
+    if idle and chosen is not None and chosen.chooser.phase != "update":
         raise ValueError(f"attach.{idle[0]}: has no effect, method.name={name!r} chooses before training; drop it")
-    if "calibration" in config.data.model_fields_set and (is_peft or not build(config.method).needs_probe):
+    if "calibration" in config.data.model_fields_set and (chosen is None or not chosen.needs_probe):
         raise ValueError(f"data.calibration: has no effect, method.name={name!r} as set looks at no data; drop it")
 
 
@@ -152,27 +151,28 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     from .delta import Delta
     from .hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches
     from .insight import Insight
-    from .methods import build
     from .probe import Batches
     from .tuner import attach
 
     common: dict[str, Any] = {"args": run.arguments, "processing_class": run.tokenizer, **run.examples.datasets()}
-    method: dict[str, Any] = dict(run.config.method)
-    if method["name"] in PEFT_METHODS:
+    method, chosen, lora = dict(run.config.method), run.config.build(), run.config.attach.lora
+    if chosen is None:
         trainer = CheckpointedSFTTrainer(run.model, peft_config=peft_config(method.pop("name"), method), **common)
         run.model = trainer.model
         return trainer
-    chosen = build(method)
-    if run.config.attach.lora is not None:
-        run.model = _with_lora(run.model, run.config.attach.lora, run.arguments.seed)
+    if method["name"] in PEFT_METHODS:
+        run.model = _with_adapter(run.model, method.pop("name"), method, run.arguments.seed)
+    elif lora is not None:
+        run.model = _with_adapter(run.model, "lora", lora, run.arguments.seed)
     probe = selection = None
-    if chosen.needs_probe and checkpoint is not None:
+    looks_first = chosen.chooser.phase == "start" and chosen.chooser.needs_probe
+    if looks_first and checkpoint is not None:
         selection = Delta.load(checkpoint).selection  # looking at data again could tip a tie
-    elif chosen.needs_probe:
+    if chosen.needs_probe and (checkpoint is None or chosen.phase == "layer"):
         batches = calibration_batches(run.model, run.examples.sample(run.config.data.calibration), **common)
-        probe = Batches(tqdm(batches, desc="calibrate", leave=False))
+        probe = Batches(tqdm(batches, desc="calibrate", leave=False) if looks_first else batches)
     options = {"exclude": run.exclude, "permute": run.config.attach.permute, "selection": selection}
-    if chosen.phase == "update":
+    if chosen.chooser.phase == "update":
         options["updates"] = run.config.attach.updates(run.arguments.gradient_accumulation_steps)
     run.tuner = attach(run.model, chosen, probe=probe, **options)
     if run.tuner.unmasking is not None:
@@ -180,13 +180,13 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     return SparseTrainer(run.tuner, **common)
 
 
-def _with_lora(model: Any, fields: dict[str, Any], seed: int) -> Any:
-    """The model with LoRA on it, the same for every run of a seed."""
+def _with_adapter(model: Any, name: str, fields: dict[str, Any], seed: int) -> Any:
+    """The model with a PEFT adapter on it, the same for every run of a seed."""
     from peft import get_peft_model
     from transformers import set_seed
 
     set_seed(seed)
-    return get_peft_model(model, peft_config("lora", fields))
+    return get_peft_model(model, peft_config(name, fields))
 
 
 def _checkpoint(output: Path) -> Path | None:

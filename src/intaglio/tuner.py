@@ -237,11 +237,11 @@ class Tuner:
         state |= {"rotation": None if self.rotation is None else self.rotation.state()}
         return state | {"unmasking": run, "slots": self.slots.state(), "fingerprints": self.slots.fingerprints()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`.
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of another method, or of one under other conditions; entries and base are not looked at.
 
         Raises:
-            ValueError: where it comes from another method, other entries or another base; nothing is changed then.
+            ValueError: naming what differs.
         """
         if self.unmasking is not None:
             self.unmasking.check(_chooser(state["method"]), state["unmasking"])
@@ -249,6 +249,14 @@ class Tuner:
             raise ValueError(f"resume: the checkpoint's method is {state['method']}, this run's {self.method.to_dict()}")
         if self.rotation is not None:
             self.rotation.check(state["method"], state.get("rotation"))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            ValueError: where it comes from another method, other entries or another base; nothing is changed then.
+        """
+        self.check(state)
         self.slots.load(state["slots"], state["fingerprints"])
         self.step, self._state = int(state["step"]), dict(state["state"])
         if self.unmasking is not None:

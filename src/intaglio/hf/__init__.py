@@ -5,6 +5,7 @@ folder)` reads every adapter folder. It also brings bottleneck adapters, a type 
 """
 
 from .bottleneck import BottleneckConfig
+from .callback import ISTCallback
 from .peft import DeltaConfig, S2FTConfig
 
-__all__ = ["BottleneckConfig", "DeltaConfig", "S2FTConfig"]
+__all__ = ["BottleneckConfig", "DeltaConfig", "ISTCallback", "S2FTConfig"]

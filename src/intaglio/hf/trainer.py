@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,8 @@ class SparseMixin(_Marked):
 
     def __init__(self: Any, tuner: Tuner, **kwargs: Any) -> None:
         self.tuner = tuner
+        if tuner.rotation is not None:
+            expect_unused_parameters(kwargs.get("args"))
         super().__init__(model=tuner.model, **kwargs)  # type: ignore[call-arg]  # a Trainer's
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("DeepSpeed and FSDP shard the weights that sparse training writes to; use one process or DDP")
@@ -84,6 +87,8 @@ class SparseMixin(_Marked):
         gathered = [slot.name for slot in tuner.slots if slot.is_gathered]
         if self.args.world_size > 1 and gathered:
             raise ValueError(f"{gathered[0]}: gradients of scattered entries are not reduced over processes; use one process")
+        if tuner.rotation is not None:
+            tuner.rotation.measure_by(self._probe_loss)
         if tuner.unmasking is not None:
             _check_updates(tuner.unmasking.updates, self.args)
             self.add_callback(_Length(tuner.unmasking))
@@ -105,6 +110,14 @@ class SparseMixin(_Marked):
             self.optimizer = self.tuner.watch(cls([group for group in groups if group["params"]], **kwargs))
         return self.optimizer
 
+    def _probe_loss(self: Any, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The trainer's own loss, without a trace in its metrics."""
+        metrics = copy.deepcopy(getattr(self, "_metrics", None))
+        loss = self.compute_loss(model, dict(batch))
+        if metrics is not None:
+            self._metrics = metrics
+        return loss
+
     def _clip_grad_norm(self: Any, model: nn.Module) -> Tensor:
         return self.tuner.clip_grad_norm_(self.args.max_grad_norm)
 
@@ -112,6 +125,8 @@ class SparseMixin(_Marked):
         """Log how many entries are unmasked beside the loss."""
         if self.tuner.unmasking is not None and "loss" in logs:
             logs["unmasked"] = self.tuner.unmasking.chosen
+        if self.tuner.rotation is not None and "loss" in logs and self.tuner.rotation.method.learns:
+            logs["probe_seconds"] = round(self.tuner.rotation.seconds, 2)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]  # a Trainer's
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -147,6 +162,21 @@ class _Length(TrainerCallback):
             raise ValueError(
                 f"resume: the checkpoint's run is of another length: {error}; set max_steps (or epochs) back, or start anew"
             ) from error
+
+
+def expect_unused_parameters(args: Any) -> None:
+    """Tell DistributedDataParallel that idle layers get no gradient.
+
+    Raises:
+        ValueError: where the user has told it otherwise.
+    """
+    if args is None or args.world_size == 1:
+        return
+    if args.ddp_find_unused_parameters is False:
+        raise ValueError(
+            "ddp_find_unused_parameters=False: idle layers get no gradient, and DDP would wait for it; set it to True"
+        )
+    args.ddp_find_unused_parameters = True
 
 
 def _check_updates(updates: Updates, args: Any) -> None:
@@ -232,8 +262,7 @@ def load_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
     except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
-    if tuner.unmasking is not None:
-        tuner.unmasking.check(state["method"], state["unmasking"])  # before anything is changed
+    tuner.check(state)  # before anything is changed
     if adapters.is_peft(tuner.model):
         adapters.load(tuner.model, folder)  # the entries that are not chosen differ from run to run: LoRA starts at random
     state["slots"] = {key.removeprefix("slots/"): t for key, t in tensors.items() if key.startswith("slots/")}
