@@ -2,7 +2,7 @@
 
 ID3 looks at every gradient at every step until its budget is spent, so it is measured against the floor of forward and
 backward alone, against full AdamW, against the authors' own optimizer and against PEFT's SHiRA with as many trainable
-numbers. (ID3 reference, section 4 and checklist 12, 13 and 33.)
+numbers.
 
     python benchmarks/unmask.py                                       # SmolLM2-135M's shape, 4 × 128 tokens, CPU
     python benchmarks/unmask.py --grid small --dtype float32 bfloat16 --write

@@ -1,4 +1,4 @@
-"""Which way to unmask learns best? The questions that the ID3 reference leaves open (section 6.3), on a small transformer.
+"""Which way to unmask learns best? Questions that the paper leaves open, on a small transformer.
 
 The model and the tasks are those of quality.py: it is trained from nothing to copy (task A) and then taught to shift by one
 (task B), by each variant with the same budget B and number of steps T. Four questions, each a block of the table:

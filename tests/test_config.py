@@ -39,6 +39,16 @@ BAD = {
     "method type": ({"method": {"name": "s2ft", "select": "best"}}, "wanted is one of random"),
     "method name type": ({"method": {"name": ["s2ft"]}}, "unknown"),
     "type": ({"data": {"task": "reasoning_gym/gcd", "train_size": "many"}}, "data.train_size.*'many'"),
+    "lean and dense": (
+        {"method": {"name": "id3"}, "attach": {"accumulation": "lean", "clip": "dense"}},
+        "attach: .*whole gradients",
+    ),
+    "idle oversampling": ({"method": {"name": "id3"}, "attach": {"oversampling": 20}}, "attach: .*oversampling=20"),
+    "no accumulation": (
+        {"method": {"name": "id3"}, "attach": {"accumulation": "none"}, "train": {"gradient_accumulation_steps": 2}},
+        "take exact or lean",
+    ),
+    "length": ({"method": {"name": "id3", "steps": 5}, "train": {"max_steps": 9}}, "method.steps=5: train.max_steps=9"),
     "range": ({"evaluate": {"batch_size": 0}}, "greater than or equal to 1"),
 }
 

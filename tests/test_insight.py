@@ -82,6 +82,18 @@ def test_looking_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), one.model.parameters(), strict=True))
 
 
+def test_a_resumed_run_does_not_claim_to_know_the_first_gradients():
+    first = attach(tiny.build("gqa_llama"), ID3(budget=100, steps=4))
+    optimizer = first.optimizer(torch.optim.AdamW, lr=1e-2)
+    first.model(**tiny.batch("gqa_llama")).loss.backward()
+    optimizer.step()
+    tuner = attach(tiny.build("gqa_llama"), ID3(budget=100, steps=4))
+    Insight(tuner)
+    assert tuner.unmasking.first_gradients is None
+    tuner.load_state_dict(first.state_dict())
+    assert tuner.unmasking.first_gradients is None
+
+
 def test_inspect_shows_a_run(tmp_path):
     """The folder of a run, as `intaglio train` leaves it; counts per kind add up to the budget."""
     tuner, insight, _ = run(ID3(budget=700, steps=7), steps=7)

@@ -61,7 +61,7 @@ def spoil(source, target, part, change):
     """A copy of a folder with one tensor changed and no hash, as transformers writes it."""
     shutil.copytree(source, target)
     tensors = safetensors.torch.load_file(f"{target}/{WEIGHTS}")
-    key = next(k for k in tensors if part in k)
+    key = next(k for k, t in tensors.items() if part in k and t.numel() > 3)
     tensors[key] = change(tensors[key].clone()).contiguous()
     safetensors.torch.save_file(tensors, f"{target}/{WEIGHTS}")
     settings = json.loads((target / CONFIG).read_text())
@@ -75,8 +75,8 @@ def put(tensor, position, value):
 
 
 DAMAGES = {
-    "out of range": ("indices", lambda t: put(t, -1, 2_000_000_000), "must lie in"),
-    "negative": ("indices", lambda t: put(t, 0, -2), "must lie in"),
+    "out of range": ("indices", lambda t: put(t, -1, torch.iinfo(t.dtype).max), "must lie in|blocks"),
+    "negative": ("indices", lambda t: put(t, 0, -2), "must lie in|sorted"),
     "repeated": ("indices", lambda t: put(t, 1, int(t[0])), "duplicates"),
     "NaN": ("values", lambda t: put(t, 3, float("nan")), "finite"),
 }

@@ -36,7 +36,7 @@ def test_magnitude_is_fp32():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scores_of_gradients_are_computed_in_fp32(dtype):
-    """ID3 checklist 6: the cast comes before the arithmetic, whatever the type of weight and gradient."""
+    """the cast comes before the arithmetic, whatever the type of weight and gradient."""
     generator = torch.Generator().manual_seed(0)
     weight, gradient = (torch.randn(1000, generator=generator).mul(0.02).to(dtype) for _ in range(2))
     w, g = weight.float(), gradient.float()
@@ -55,7 +55,7 @@ def test_scores_of_gradients_are_computed_in_fp32(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("exponent", "eps"), [(1.0, 1e-8), (1.0, 0.0), (100.0, 1e-8), (-1.0, 0.0), (-100.0, 10.0), (0.0, 0.0)])
 def test_d3_is_never_nan(dtype, exponent, eps):
-    """ID3 checklist 6, defect 18: 0/0 and 0·inf score 0 and are chosen last."""
+    """0/0 and 0·inf score 0 and are chosen last."""
     zeros = torch.zeros(3, dtype=dtype)
     assert torch.equal(scores.d3(zeros, zeros, exponent, eps), torch.zeros(3))
     assert not scores.d3(zeros, torch.ones(3, dtype=dtype), exponent, eps).isnan().any()

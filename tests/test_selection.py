@@ -42,7 +42,7 @@ def test_top_k_large_and_low_precision(dtype):
 
 
 def test_top_k_known_ties():
-    """The three tie cases that the authors' ID3 code gets wrong (reference/id3.md, section 5, rows 5 to 7)."""
+    """The three tie cases that the authors' ID3 code gets wrong."""
     ones = torch.ones(3)
     assert top_k({"a": ones, "b": torch.tensor([5.0, 6.0])}.items(), 3) == Selection(
         {"a": Elements((3,), torch.tensor([0])), "b": Whole((2,))}

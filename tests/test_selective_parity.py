@@ -1,7 +1,7 @@
 """Bit for bit what the authors' ID3 computes, where their code is right: fp32, no ties, B mod T = 0, no weight decay.
 
-Optional: their package is no dependency of ours. `make selective-parity` fetches and runs it (ID3 reference, section 5 for
-what is wrong with it elsewhere). What their optimizer needs to be compared with:
+Optional: their package is no dependency of ours. `make selective-parity` fetches and runs it. What their
+optimizer needs to be compared with:
 
 * `eps` and `exp` are the score's; Adam's own eps cannot be given and is torch's default;
 * `verify=False`, or the constructor writes a copy of all weights to the temporary folder and leaves it there;

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 import tiny
-from intaglio import ID3, Delta, attach
+from intaglio import ID3, Delta, Updates, attach
+from intaglio.streaming_reference import DenseUnmasking
 from unmasking_tools import adamw, assert_equal_weights, chosen, gradients, leaves, loss, normal, weights
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_bit(reentrant):
-    """Checklist 26 and 12, both kinds of activation checkpointing."""
+    """Row 26 and 12, both kinds of activation checkpointing."""
     results = []
     for checkpointing in (False, True):
         model = tiny.build("tied_llama").train()
@@ -31,8 +32,72 @@ def test_gradient_checkpointing_changes_no_bit(reentrant):
     assert_equal_weights(*results)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "updates",
+    [Updates(), Updates(clip="dense"), Updates(accumulation="exact"), Updates(accumulation="exact", clip="dense")],
+    ids=lambda updates: f"{updates.accumulation}-{updates.clip}",
+)
+def test_checkpointing_loses_no_gradient_from_above_it(updates, reentrant):
+    """Backward inside backward: what the head and the last norm have received before it stays in the choice."""
+    results = []
+    for checkpointing in (False, True):
+        model = tiny.build("gqa_llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        tuner = attach(model, ID3(budget=203, steps=4), updates=updates)
+        optimizer, norms = tuner.optimizer(adamw), []
+        for step in range(6):
+            for micro in range(1 if updates.accumulation == "none" else 2):
+                loss(model, "gqa_llama", step, micro).backward()
+            norms.append(tuner.clip_grad_norm_(1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((chosen(tuner), torch.stack(norms), model))
+    assert results[0][0] == results[1][0]
+    assert "lm_head.weight" in results[0][0]
+    assert torch.equal(results[0][1], results[1][1])
+    assert_equal_weights(results[0][2], results[1][2])
+
+
+class _Shared(nn.Module):
+    """Two parameters whose gradients autograd puts into one storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(normal(4, 5)), nn.Parameter(normal(2, 10, seed=1))
+
+    def forward(self, x):
+        return ((self.a.view(20) + self.b.view(20)) * x).sum()
+
+
+@pytest.mark.parametrize("accumulation", ["none", "exact"])
+def test_gradients_in_one_storage(accumulation):
+    """What is done to one of them must not reach the other."""
+    passes = 1 if accumulation == "none" else 2
+    dense = DenseUnmasking(_Shared(), ID3(budget=13, steps=4), adamw)
+    model = _Shared()
+    tuner = attach(model, ID3(budget=13, steps=4), updates=Updates(accumulation=accumulation))
+    optimizer = tuner.optimizer(adamw)
+    for step in range(6):
+        sums = dict.fromkeys(("a", "b"), 0)
+        for micro in range(passes):
+            x = normal(20, seed=10 * step + micro + 2)
+            dense.model(x).backward()
+            model(x).backward()
+            for name, parameter in dense.model.named_parameters():
+                sums[name], parameter.grad = sums[name] + parameter.grad, None
+        for name, parameter in dense.model.named_parameters():
+            parameter.grad = sums[name]
+        dense.update()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_equal_weights(model, dense.model)
+
+
 def test_zero_and_five_dimensions(tmp_path):
-    """Checklist 24; defect 23: trained, saved, applied and reverted bit for bit."""
+    """Row 24: trained, saved, applied and reverted bit for bit."""
     shapes = ((), (2, 3, 1, 2, 2), (7,))
     model = leaves(*shapes)
     tuner = attach(model, ID3(budget=20, steps=4))
@@ -53,7 +118,7 @@ def test_zero_and_five_dimensions(tmp_path):
 
 
 def test_sparse_and_strided_gradients():
-    """Checklist 25: an embedding that gives sparse gradients, a weight stored transposed."""
+    """Row 25: an embedding that gives sparse gradients, a weight stored transposed."""
     results = []
     for plain in (True, False):
         torch.manual_seed(0)
@@ -74,7 +139,7 @@ def test_sparse_and_strided_gradients():
 
 
 def test_a_compiled_model_gives_the_same():
-    """Checklist 34: hooks stay outside the compiled graph (backend aot_eager: the same kernels, so the same bits)."""
+    """Row 34: hooks stay outside the compiled graph (backend aot_eager: the same kernels, so the same bits)."""
     results = []
     for compiled in (False, True):
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))

@@ -1,5 +1,6 @@
-"""Runs that are accumulated, skipped, scaled, interrupted, spread over processes. Rows: reference/id3.md, sections 5, 6.2."""
+"""Runs that are accumulated, skipped, scaled, interrupted, spread over processes. See docs/id3.md."""
 
+import copy
 import io
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 
 import tiny
 from intaglio import ID3, Updates, attach
+from intaglio.selection import Elements, Selection
 from unmasking_tools import adamw, assert_equal_weights, both, chosen, gradients, leaves, loss, normal, offsets, weights
 
 NAN = float("nan")
 
 
 def test_a_second_backward_is_refused_and_does_no_harm():
-    """Checklist 14: never silently per micro-batch. What follows goes on as if the update had been skipped."""
+    """Row 14: never silently per micro-batch. What follows goes on as if the update had been skipped."""
     tuner = attach(leaves((20,), (30,)), ID3(budget=9, steps=3))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(*gradients(tuner.model, 0))
@@ -29,7 +31,7 @@ def test_a_second_backward_is_refused_and_does_no_harm():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exact_accumulation_equals_the_dense_one(dtype):
-    """Checklist 14 and 12: the sum of four micro-batches, bit for bit; no whole gradient stays in .grad."""
+    """Row 14 and 12: the sum of four micro-batches, bit for bit; no whole gradient stays in .grad."""
     method = ID3(budget=200, steps=5)
     tuner, optimizer, dense = both("gqa_llama", method, dtype=dtype, updates=Updates(accumulation="exact", clip="dense"))
     for step in range(6):
@@ -55,7 +57,7 @@ def accumulated(updates, micros):
 
 @pytest.mark.parametrize(("oversampling", "least"), [(1, 0.6), (10, 0.96), (100, 1.0)])
 def test_lean_accumulation_is_nearly_exact(oversampling, least):
-    """Checklist 14: candidate sums over four micro-batches; measured overlaps .64, .97 and 1."""
+    """Row 14: candidate sums over four micro-batches; measured overlaps .64, .97 and 1."""
     exact = accumulated(Updates(accumulation="exact"), 4)
     lean = accumulated(Updates(accumulation="lean", **({} if oversampling == 10 else {"oversampling": oversampling})), 4)
     assert lean.selection.size == exact.selection.size == 400
@@ -63,7 +65,7 @@ def test_lean_accumulation_is_nearly_exact(oversampling, least):
 
 
 def test_lean_accumulation_of_one_pass_is_exact():
-    """Checklist 14; and the chosen entries' gradients are those of the sum in any case."""
+    """Row 14; and the chosen entries' gradients are those of the sum in any case."""
     one, none = accumulated(Updates(accumulation="lean"), 1), accumulated(Updates(), 1)
     assert one.selection == none.selection
     wide, exact = accumulated(Updates(accumulation="lean", oversampling=100), 3), accumulated(Updates(accumulation="exact"), 3)
@@ -77,7 +79,7 @@ def test_lean_accumulation_of_one_pass_is_exact():
 @pytest.mark.parametrize("entry", [0, 19], ids=["candidate", "other"])
 @pytest.mark.parametrize("accumulation", ["exact", "lean"])
 def test_one_damaged_micro_batch_damages_the_update(accumulation, entry, bad):
-    """Checklist 7 and 14: also where it is the second or third of three."""
+    """Row 7 and 14: also where it is the second or third of three."""
     tuner = attach(leaves((20,)), ID3(budget=2, steps=2, exponent=0), updates=Updates(accumulation=accumulation))
     start, optimizer = weights(tuner.model), tuner.optimizer(adamw)
     for micro in range(3):
@@ -93,7 +95,7 @@ def test_one_damaged_micro_batch_damages_the_update(accumulation, entry, bad):
 
 
 def test_a_damaged_whole_parameter_damages_the_update():
-    """Checklist 7 and 27."""
+    """Row 7 and 27."""
     tuner = attach(leaves((20,), (3,)), ID3(budget=4, steps=2, whole=("1",)))
     start, optimizer = weights(tuner.model), tuner.optimizer(adamw)
     tuner.model.backward(normal(20), torch.tensor([1.0, NAN, 1.0]))
@@ -111,7 +113,7 @@ def test_a_damaged_whole_parameter_damages_the_update():
 @pytest.mark.parametrize("accumulation", ["none", "exact", "lean"])
 @pytest.mark.parametrize("skipped", [0, 3])
 def test_a_skipped_update_leaves_no_trace(accumulation, set_to_none, skipped):
-    """Checklist 16: the mask, its state and t are those of a run without that backward; also before the first entry."""
+    """Row 16: the mask, its state and t are those of a run without that backward; also before the first entry."""
     tuners = []
     for skips in (False, True):
         tuner = attach(leaves((20, 3), (30,)), ID3(budget=5, steps=6), updates=Updates(accumulation=accumulation))
@@ -133,7 +135,7 @@ def test_a_skipped_update_leaves_no_trace(accumulation, set_to_none, skipped):
 
 
 def test_gradients_of_zero_are_no_skipped_update():
-    """Checklist 16 and 14: a second backward after a gradient that is truly 0 is still one."""
+    """Row 16 and 14: a second backward after a gradient that is truly 0 is still one."""
     tuner = attach(leaves((4,)), ID3(budget=2, steps=1))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(normal(4))
@@ -149,7 +151,7 @@ def test_gradients_of_zero_are_no_skipped_update():
     [("none", "selected"), ("none", "dense"), ("exact", "selected"), ("exact", "dense"), ("lean", "selected")],
 )
 def test_grad_scaler(accumulation, clip):
-    """Checklist 16: every overflow, of any entry, chosen or not, halves the scale; the rest is the run without a scaler."""
+    """Row 16: every overflow, of any entry, chosen or not, halves the scale; the rest is the run without a scaler."""
     updates = Updates(accumulation=accumulation, clip=clip)
     tuners = [attach(leaves((20, 3), (30,)), ID3(budget=12, steps=6), updates=updates) for _ in range(2)]
     optimizers = [tuner.optimizer(adamw) for tuner in tuners]
@@ -184,7 +186,7 @@ def test_grad_scaler(accumulation, clip):
 
 
 def test_a_masked_overflow_does_not_reach_the_dense_norm():
-    """Checklist 7 and 15: once all is chosen, the norm of the whole gradient still sees the masked ones."""
+    """Row 7 and 15: once all is chosen, the norm of the whole gradient still sees the masked ones."""
     tuner = attach(leaves((4,)), ID3(budget=1, steps=1), updates=Updates(clip="dense"))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(normal(4))
@@ -216,7 +218,7 @@ def go(tuner, optimizer, steps):
     ],
 )
 def test_stop_at_17_of_40(fields, updates):
-    """Checklist 22; defect 25: bf16, AdamW, through torch.save, on a fresh model: bit-equal to the run that went on."""
+    """Row 22: bf16, AdamW, through torch.save, on a fresh model: bit-equal to the run that went on."""
     build = lambda: attach(tiny.build("gqa_llama", dtype=torch.bfloat16), ID3(**fields), updates=updates)  # noqa: E731
     tuner = build()
     optimizer = tuner.optimizer(adamw)
@@ -240,17 +242,17 @@ def test_stop_at_17_of_40(fields, updates):
 @pytest.mark.parametrize(
     ("change", "updates", "message"),
     [
-        ({"budget": 9}, Updates(), "method"),
-        ({"steps": 7}, Updates(), "method"),
-        ({"exponent": 2}, Updates(), "method"),
-        ({"eps": 0.5}, Updates(), "method"),
-        ({"schedule": "ramp"}, Updates(), "method"),
-        ({}, Updates(clip="dense"), "updates"),
-        ({"budget": 0.2}, Updates(), "method"),
+        ({"budget": 9}, Updates(), "id3.budget"),
+        ({"steps": 7}, Updates(), "id3.steps"),
+        ({"exponent": 2}, Updates(), "id3.exponent"),
+        ({"eps": 0.5}, Updates(), "id3.eps"),
+        ({"schedule": "ramp"}, Updates(), "id3.schedule"),
+        ({}, Updates(clip="dense"), "updates.clip"),
+        ({"budget": 0.2}, Updates(), "id3.budget"),
     ],
 )
 def test_another_run_cannot_go_on(change, updates, message):
-    """Checklist 22: nothing is changed by the refusal."""
+    """Row 22: nothing is changed by the refusal."""
     tuner = attach(leaves((20,), (30,)), ID3(budget=10, steps=5))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(*gradients(tuner.model, 0))
@@ -263,14 +265,54 @@ def test_another_run_cannot_go_on(change, updates, message):
     assert all(torch.equal(p, start[name]) for name, p in weights(other.model).items())
 
 
+def test_rolling_back_drops_the_pending_choice():
+    """A checkpoint that is loaded between backward and update is what goes on."""
+    results, state = [], ({}, {})
+    for rolls_back in (False, True):
+        tuner = attach(leaves((20,), (30,)), ID3(budget=12, steps=4))
+        optimizer = tuner.optimizer(adamw)
+        for step in (0, 1, 99, 2, 3, 4) if rolls_back else range(5):
+            tuner.model.backward(*gradients(tuner.model, step))
+            if step == 2 and rolls_back:
+                tuner.load_state_dict(state[0])
+                optimizer.load_state_dict(state[1])
+                assert tuner.unmasking.chosen == 6
+                optimizer.zero_grad()
+                tuner.model.backward(*gradients(tuner.model, step))
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                state = copy.deepcopy((tuner.state_dict(), optimizer.state_dict()))
+        results.append(tuner)
+    assert chosen(results[0]) == chosen(results[1])
+    assert_equal_weights(results[0].model, results[1].model)
+
+
+def test_an_optimizer_that_does_not_follow_is_noticed():
+    tuner = attach(leaves((20,)), ID3(budget=6, steps=3))
+    optimizer = torch.optim.SGD(tuner.model.parameters(), lr=0.1)
+    tuner.model.backward(normal(20))
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="no optimizer follows this tuner"):
+        tuner.model.backward(normal(20))
+
+
+def test_other_exclusions_cannot_go_on():
+    tuner = attach(leaves((50,)), ID3(budget=6, steps=3), exclude=Selection({"0": Elements((50,), torch.arange(0, 10))}))
+    other = attach(leaves((50,)), ID3(budget=6, steps=3), exclude=Selection({"0": Elements((50,), torch.arange(10, 20))}))
+    with pytest.raises(ValueError, match="exclude"):
+        other.load_state_dict(tuner.state_dict())
+
+
 def test_other_tensors_and_another_base_cannot_go_on():
-    """Checklist 22."""
+    """Row 22."""
     tuner = attach(leaves((20,), (30,)), ID3(budget=10, steps=2))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(*gradients(tuner.model, 0))
     optimizer.step()
     state = tuner.state_dict()
-    with pytest.raises(ValueError, match="the checkpoint's candidates is"):
+    with pytest.raises(ValueError, match="the checkpoint's list of candidates"):
         attach(leaves((20,), (31,)), ID3(budget=10, steps=2)).load_state_dict(state)
     other = leaves((20,), (30,))
     with torch.no_grad():
@@ -281,7 +323,7 @@ def test_other_tensors_and_another_base_cannot_go_on():
 
 
 def test_the_length_of_the_run_comes_from_the_checkpoint():
-    """Checklist 22: `steps` left out goes on with T of the checkpoint."""
+    """Row 22: `steps` left out goes on with T of the checkpoint."""
     tuner = attach(leaves((20,)), ID3(budget=10, steps=5))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(normal(20))

@@ -143,7 +143,7 @@ def test_the_best_checkpoint_comes_back_whole(tmp_path):
 
 
 def test_checkpoints_are_of_the_budgets_size(tmp_path):
-    """Checklist 13: 20 bytes of ours per entry, 8 of AdamW, none per weight."""
+    """Row 13: 20 bytes of ours per entry, 8 of AdamW, none per weight."""
     tuner = attach(tiny.build(NAME), ID3(budget=1000, steps=4))
     optimizer = loop(tuner.model, tuner, 4)
     save_tuner_state(tuner, tmp_path)
@@ -156,12 +156,13 @@ def test_checkpoints_are_of_the_budgets_size(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"budget": 101}, "method"), ({"steps": 9}, "method"), ({"exponent": 2.0}, "method"), ({"eps": 0.5}, "method"),
-        ({"exclude": ("*norm*",)}, "method"), ({"updates": Updates(decay="start")}, "updates"),
+        ({"budget": 101}, "id3.budget"), ({"steps": 9}, "id3.steps"), ({"exponent": 2.0}, "id3.exponent"),
+        ({"eps": 0.5}, "id3.eps"),
+        ({"exclude": ("*norm*",)}, "id3.exclude"), ({"updates": Updates(decay="start")}, "updates.decay"),
     ],
 )  # fmt: skip
 def test_resume_under_other_conditions_is_refused(tmp_path, change, named):
-    """Checklist 22."""
+    """Row 22."""
     fields = {"budget": 100, "steps": 8}
     tuner = attach(tiny.build(NAME), ID3(**fields))
     loop(tuner.model, tuner, 3)
@@ -173,7 +174,7 @@ def test_resume_under_other_conditions_is_refused(tmp_path, change, named):
         load_tuner_state(other, tmp_path)
     with pytest.raises(ValueError, match="another base model"):
         load_tuner_state(attach(tiny.build(NAME, seed=1), ID3(**fields)), tmp_path)
-    with pytest.raises(ValueError, match="candidates is"):
+    with pytest.raises(ValueError, match="list of candidates"):
         load_tuner_state(attach(tiny.build("gqa_llama"), ID3(**fields)), tmp_path)
     assert same(before, weights(other.model))
     assert other.step == 0
@@ -191,7 +192,7 @@ def test_a_run_of_another_length_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", PEFT)
 def test_a_peft_adapter_is_sparsified_and_stays_an_ordinary_one(tmp_path, kind):
-    """Checklist 28: only chosen entries of the adapter's tensors move; the folder is complete and PEFT's own."""
+    """Row 28: only chosen entries of the adapter's tensors move; the folder is complete and PEFT's own."""
     torch.manual_seed(0)
     model = get_peft_model(tiny.build("gqa_llama"), PEFT[kind])
     start, trainable = weights(model), {name for name, p in model.named_parameters() if p.requires_grad}
@@ -233,8 +234,57 @@ def test_lora_starts_at_b_and_pools_give_a_its_share():
     assert pooled["lora_A"] < apart["lora_A"]
 
 
+def test_a_frozen_adapter_is_refused(tmp_path):
+    """PEFT loads adapters for inference, all frozen; the base must not be trained in their place."""
+    get_peft_model(tiny.build(NAME), PEFT["lora"]).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny.build(NAME), str(tmp_path))
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        attach(model, ID3(budget=10))
+    attach(PeftModel.from_pretrained(tiny.build(NAME), str(tmp_path), is_trainable=True), ID3(budget=10))
+
+
+def test_an_adapter_of_any_name_is_saved_and_resumed(tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.build(NAME), PEFT["lora"], adapter_name="math")
+    tuner = attach(model, ID3(budget=100, steps=2))
+    loop(model, tuner, 2)
+    tuner.save(tmp_path / "adapter")
+    save_tuner_state(tuner, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny.build(NAME), str(tmp_path / "adapter"))
+    batch = tiny.batch(NAME)
+    assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
+    other = attach(get_peft_model(tiny.build(NAME), PEFT["lora"], adapter_name="math"), ID3(budget=100, steps=2))
+    load_tuner_state(other, tmp_path / "adapter")
+    assert same(weights(other.model), weights(model))
+
+
+def test_a_refused_resume_changes_no_adapter(tmp_path):
+    torch.manual_seed(0)
+    tuner = attach(get_peft_model(tiny.build(NAME), PEFT["lora"]), ID3(budget=100, steps=2))
+    loop(tuner.model, tuner, 1)
+    tuner.save(tmp_path / "adapter")
+    save_tuner_state(tuner, tmp_path / "adapter")
+    other = attach(get_peft_model(tiny.build(NAME), PEFT["lora"]), ID3(budget=101, steps=2))
+    before = weights(other.model)
+    with pytest.raises(ValueError, match=r"id3\.budget is 100"):
+        load_tuner_state(other, tmp_path / "adapter")
+    assert same(weights(other.model), before)
+
+
+def test_adafactor_through_the_factory():
+    """The factory makes a class of another name, and tensors without a chosen entry have no mean square."""
+    tuner = attach(tiny.build(NAME), ID3(budget=20, steps=4))
+    cls, kwargs = optimizer_cls_and_kwargs(tuner, torch.optim.Adafactor, lr=1e-2)
+    optimizer = cls([{"params": list(tuner.model.parameters())}], **kwargs)
+    for step in range(4):
+        tuner.model(**tiny.batch(NAME, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert tuner.unmasking.chosen == 20
+
+
 def test_a_quantized_base_is_refused_but_not_its_lora():
-    """Checklist 35: with PyTorch's dynamic quantization; its packed layers have no gradient to choose by."""
+    """Row 35: with PyTorch's dynamic quantization; its packed layers have no gradient to choose by."""
     model = tiny.build("gqa_llama")
     model.lm_head.qconfig = torch.ao.quantization.default_dynamic_qconfig
     with warnings.catch_warnings():

@@ -39,7 +39,8 @@ def is_peft(model: nn.Module) -> bool:
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer holds its weight in packed or integer form."""
     packed = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))
-    return packed or any(not p.is_floating_point() for p in module.parameters(recurse=False))
+    packed = packed or any("qweight" in name or "packed" in name for name, _ in module.named_buffers(recurse=False))
+    return packed or any(not p.is_floating_point() or p.element_size() == 1 for p in module.parameters(recurse=False))
 
 
 def load(model: Any, directory: str | os.PathLike[str]) -> None:
@@ -66,10 +67,12 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        model.save_pretrained(str(temporary))
+        name = model.active_adapter
+        model.save_pretrained(str(temporary), selected_adapters=[name])
+        written = temporary if name == "default" else temporary / name  # PEFT puts all others a level deeper
         target.mkdir(exist_ok=True)
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            place = target / path.relative_to(temporary)
+        for path in sorted(p for p in written.rglob("*") if p.is_file()):
+            place = target / path.relative_to(written)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
     finally:
@@ -116,7 +119,8 @@ def refuse_unscorable(model: nn.Module) -> None:
     refuse_sharded(model, "entries are chosen by whole gradients")
     for name, parameter in model.named_parameters():
         kind = _kind(parameter)
-        if parameter.requires_grad and (is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point()):
+        packed = is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point() or parameter.element_size() == 1
+        if packed and (parameter.requires_grad or not is_peft(model)):
             raise ValueError(f"{name}: quantized ({kind}, {parameter.dtype}); {_UNQUANTIZED}")
     if not is_peft(model):
         for name, module in model.named_modules():

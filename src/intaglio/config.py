@@ -165,6 +165,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     problems += _method_problems(raw["method"])
     problems += _train_problems(raw.get("train", {}))
     problems += _lora_problems("attach.lora", (config.attach.lora if config else None) or {})
+    problems += [] if config is None else _update_problems(config)
     if problems:
         lead = "" if len(problems) == 1 else f"{len(problems)} problems in the run file:\n  "
         raise ValueError(lead + "\n  ".join(problems))
@@ -195,6 +196,21 @@ def sft_config(train: Mapping[str, Any], output_dir: str) -> Any:
         return SFTConfig(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"train: {str(error).splitlines()[0]}") from error
+
+
+def _update_problems(config: Config) -> list[str]:
+    """What is wrong with how updates are made, as far as the run file alone says."""
+    problems, passes = [], config.train.get("gradient_accumulation_steps", 1)
+    try:
+        updates = config.attach.updates(passes if isinstance(passes, int) else 1)
+        if updates.accumulation == "none" and isinstance(passes, int) and passes > 1:
+            problems.append(f"attach.accumulation=none: train.gradient_accumulation_steps={passes}; take exact or lean")
+    except ValueError as error:
+        problems.append(f"attach: {error}")
+    steps, run = config.method.get("steps"), config.train.get("max_steps", -1)
+    if isinstance(steps, int) and isinstance(run, int) and 0 < run != steps:
+        problems.append(f"method.steps={steps}: train.max_steps={run}; leave steps out, or make them agree")
+    return problems
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,10 @@ class GrowingSlot(Slot):
         self.values.grad = chosen if self.values.grad is None else self.values.grad + chosen
         return self.values.grad
 
+    def receive_nothing(self) -> None:
+        """Begin the chosen entries' gradient, where a whole one is kept elsewhere for now."""
+        self.values.grad = self._gradient()
+
     @torch.no_grad()
     def grow(self, offset: Tensor, gradient: Tensor, step: int) -> None:
         """Train further entries, provisionally.
@@ -204,6 +208,7 @@ class GrowingSlot(Slot):
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
+        self.restore()
         device = self.target.device
         self.target.put_(torch.cat([self._index, self.left[0]]).long(), torch.cat([self._base, self.left[1]]))
         self.left = (state["left_index"].to(device), state["left_base"].to(device))

@@ -30,15 +30,23 @@ def scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: int
     """Add one tensor's entries to the best so far; False, and nothing added, where a gradient is not finite.
 
     Args:
-        gradient: flat, `[n]`; barred entries are set to 0.
+        gradient: flat, `[n]`.
         weight: flat, `[n]`.
         method: scores them.
         best: what is kept.
         rank: the tensor's place in the total order.
-        barred: flat offsets that must not be chosen.
+        barred: flat offsets that must not be chosen; their gradients are set to 0 meanwhile.
     """
+    kept = [gradient[offset] for offset in barred]
     for offset in barred:
         gradient[offset] = 0
+    finite = _scan(gradient, weight, method, best, rank, barred)
+    for offset, values in zip(reversed(barred), reversed(kept), strict=True):  # it may share its storage with another gradient
+        gradient[offset] = values
+    return finite
+
+
+def _scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: int, barred: list[Tensor]) -> bool:
     peaks = _peaks(gradient)
     if not bool(peaks.isfinite().all()):
         return False

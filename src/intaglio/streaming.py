@@ -23,7 +23,7 @@ from .budget import TopK
 from .growing import GrowingSlot
 from .scan import scan
 from .selection import Selection, Whole, from_flat
-from .slots import Slot, Slots
+from .slots import Slot, Slots, fingerprint
 from .update_method import UpdateMethod
 from .updates import Updates, correct_ages, follow, refuse_optimizer
 
@@ -69,7 +69,7 @@ class Unmasking:
         self._fixed: list[Slot] = []
         self._seen: set[str] = set()
         self._sums: dict[str, Tensor] = {}  # whole gradients, where they are kept until the update
-        self._task, self._damaged = -1, False
+        self._task, self._damaged, self._watched = -1, False, False
         self._square = self._selected = torch.zeros((), dtype=torch.float64)
         self._versions: dict[str, int] = {}
         self._before: dict[str, Tensor] = {}
@@ -108,12 +108,15 @@ class Unmasking:
             ValueError: for an optimizer that cannot be used.
         """
         refuse_optimizer(optimizer, self.slots.values(), self.updates)
+        self._watched = True
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
     def conditions(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one, as JSON values."""
-        candidates = [(name, list(slot.target.shape), _count(slot.excluded)) for name, slot in self.slots.items()]
+        candidates = [
+            (n, list(s.target.shape), None if s.excluded is None else fingerprint(s.excluded)) for n, s in self.slots.items()
+        ]
         digest = hashlib.sha256(json.dumps(candidates).encode()).hexdigest()[:16]
         return {"candidates": digest, "budgets": self.budgets, "updates": vars(self.updates)}
 
@@ -124,14 +127,23 @@ class Unmasking:
             ValueError: naming the first that differs.
         """
         own = self.method.to_dict() | ({"steps": method.get("steps")} if self.method.steps_needed else {})
-        pairs = [("method", dict(method), own), *((k, (conditions or {}).get(k), v) for k, v in self.conditions().items())]
+        now, then = self.conditions(), dict(conditions or {})
+        pairs = [(f"{own['name']}.{key}", method.get(key), value) for key, value in own.items()]
+        pairs += [(f"updates.{key}", then.get("updates", {}).get(key), value) for key, value in now["updates"].items()]
+        pairs += [("budget in entries", then.get("budgets"), now["budgets"])]
+        pairs += [("list of candidates, or exclude, by hash,", then.get("candidates"), now["candidates"])]
         for key, theirs, ours in pairs:
             if theirs != ours:
-                raise ValueError(f"resume: the checkpoint's {key} is {theirs}, this run's {ours}; change it back, or start anew")
+                raise ValueError(
+                    f"resume: the checkpoint's {key} is {theirs!r}, this run's {ours!r}; change it back, or start anew"
+                )
 
     def resume(self, step: int, method: Mapping[str, Any]) -> None:
-        """Go on after update number `step` of a run of `method["steps"]` updates."""
+        """Go on after update number `step` of a run of `method["steps"]` updates; what is pending is dropped."""
         self.step = step
+        self._first = None if step else self._first  # it ranks the first update's gradients, which are gone
+        self._close()
+        self._versions, self._before, self._task = {}, {}, -1
         if self.method.steps_needed and method.get("steps") is not None:
             self.set_steps(method["steps"])
 
@@ -166,20 +178,31 @@ class Unmasking:
         flat = _averaged((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
         if self.updates.accumulation == "exact" and (self._grows() or self.updates.clip == "dense"):
             total = self._sums.get(slot.name)
-            self._sums[slot.name] = flat if total is None else total.add_(flat)
+            self._sums[slot.name] = flat.clone() if total is None else total.add_(flat)  # `flat` may share its storage
+            slot.receive_nothing()
         else:
             self._take(rank, slot, flat)
+        self._note(slot)
 
     def _open(self) -> None:
         """Begin an update, unless one is under way: a further pass of it, or a nested backward of checkpointing."""
         if self._seen and self._cleared():  # its gradients were thrown away: the update was skipped
+            if not self._watched:
+                raise ValueError(
+                    "no optimizer follows this tuner: build it with tuner.optimizer(…), or call tuner.watch(optimizer)"
+                )
             for slot in self.slots.values():
                 slot.restore()
                 slot.clear()
             self._close()
 
+    def _note(self, slot: GrowingSlot) -> None:
+        """Remember which gradient of a slot is the last one that we wrote."""
+        if slot.values.grad is not None:
+            self._versions[slot.name] = slot.values.grad._version
+
     def _cleared(self) -> bool:
-        """Whether all gradients were dropped, or set to zero, since the last backward ended."""
+        """Whether all gradients were dropped, or set to zero, since we wrote them."""
         gradients = {name: g for name in self._seen if (g := self.slots[name].values.grad) is not None}
         written = all(g._version != self._versions.get(name) for name, g in gradients.items())
         return written and not any(bool(g.any()) for g in gradients.values())
@@ -211,7 +234,7 @@ class Unmasking:
         return Selection({slots[r].name: from_flat(tuple(slots[r].target.shape), o.sort().values) for r, (o, _) in winners})
 
     def _take(self, rank: int, slot: GrowingSlot, flat: Tensor) -> None:
-        """Keep what is needed of one gradient, flat; it may be overwritten."""
+        """Keep what is needed of one gradient, flat."""
         finite = bool(slot.receive(flat).isfinite().all())
         if self.updates.clip == "dense":
             square = torch.linalg.vector_norm(flat, dtype=torch.float32).cpu().double().square()
@@ -267,10 +290,10 @@ class Unmasking:
             self._rewind()
             for rank, slot in ((rank, slot) for rank, slot in enumerate(slots) if slot.name in self._sums):
                 slot.clear()
-                self._take(rank, slot, self._sums[slot.name].clone())
+                self._take(rank, slot, self._sums[slot.name])
         for gradient in (slot.values.grad for slot in self._fixed):
             if gradient is not None:
-                _averaged(gradient)  # what earlier passes averaged stays as it is
+                gradient.copy_(_averaged(gradient))  # what earlier passes averaged stays as it is
                 self._damaged = self._damaged or not bool(gradient.isfinite().all())
         for slot in slots:
             slot.restore()
@@ -278,7 +301,8 @@ class Unmasking:
             self._show_damage()
         else:
             self._grow(slots)
-        self._versions = {slot.name: slot.values.grad._version for slot in slots if slot.values.grad is not None}
+        for slot in slots:
+            self._note(slot)
         if self.updates.clip == "dense":
             self._selected = self._norm()
 
@@ -325,7 +349,7 @@ class Unmasking:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.step += 1
         if self.updates.bias_correction == "per_entry" and not self._damaged:
-            correct_ages(optimizer, self.slots.values(), self._before, self.step)
+            correct_ages(optimizer, self.slots.values(), self._before)
             self._before = {}
         self._close()
 
@@ -363,13 +387,10 @@ def _on(slot: GrowingSlot, winners: tuple[Tensor, Tensor]) -> tuple[Tensor, Tens
     return winners[0].to(slot.target.device), winners[1].to(slot.target.device)
 
 
-def _count(index: Tensor | None) -> int:
-    return 0 if index is None else index.numel()
-
-
 def _averaged(gradient: Tensor) -> Tensor:
     """The mean over the processes of a distributed run: hooks see each process's own gradient."""
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        gradient = gradient.clone()  # it may share its storage with another parameter's
         torch.distributed.all_reduce(gradient)
         gradient /= torch.distributed.get_world_size()
     return gradient

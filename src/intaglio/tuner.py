@@ -21,7 +21,7 @@ from .selection import Selection, Whole
 from .slots import Slots, refuse_differing_ranks
 from .streaming import Unmasking
 from .update_method import UpdateMethod
-from .updates import Updates
+from .updates import Updates, refuse_kind
 
 __all__ = ["Tuner", "attach"]
 
@@ -172,7 +172,9 @@ class Tuner:
         return [slot.values for slot in self.slots]
 
     def optimizer(self, cls: Callable[..., torch.optim.Optimizer], **kwargs: Any) -> torch.optim.Optimizer:
-        """Build `cls(parameters, **kwargs)` and keep the weights in step with it."""
+        """Build `cls(parameters, **kwargs)` and keep the weights in step with it; errors as `watch`."""
+        if self.unmasking is not None:
+            refuse_kind(cls)
         return self.watch(cls(self.parameters(), **kwargs))
 
     def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -235,11 +237,11 @@ class Tuner:
         state |= {"rotation": None if self.rotation is None else self.rotation.state()}
         return state | {"unmasking": run, "slots": self.slots.state(), "fingerprints": self.slots.fingerprints()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`.
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a `state_dict()` of another method, another run length or other layers; nothing is changed.
 
         Raises:
-            ValueError: where it comes from another method, other entries or another base; nothing is changed then.
+            ValueError: naming what differs.
         """
         if self.unmasking is not None:
             self.unmasking.check(_chooser(state["method"]), state["unmasking"])
@@ -247,6 +249,14 @@ class Tuner:
             raise ValueError(f"resume: the checkpoint's method is {state['method']}, this run's {self.method.to_dict()}")
         if self.rotation is not None:
             self.rotation.check(state["method"], state.get("rotation"))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            ValueError: where it comes from another method, other entries or another base; nothing is changed then.
+        """
+        self.check(state)
         self.slots.load(state["slots"], state["fingerprints"])
         self.step, self._state = int(state["step"]), dict(state["state"])
         if self.unmasking is not None:
@@ -289,9 +299,15 @@ class Tuner:
 
 
 def _frozen(model: nn.Module) -> Selection:
-    """The parameters that its user froze; none where all are frozen, as in a model loaded for inference."""
+    """The parameters that its user froze; none where all are frozen, as in a model loaded for inference.
+
+    Raises:
+        ValueError: for a PEFT model whose adapter is frozen.
+    """
     parameters = dict(model.named_parameters())
     if not any(p.requires_grad for p in parameters.values()):
+        if adapters.is_peft(model):
+            raise ValueError("this PEFT model's adapter is frozen: load it with PeftModel.from_pretrained(…, is_trainable=True)")
         return Selection()
     return Selection({name: Whole(tuple(p.shape)) for name, p in parameters.items() if not p.requires_grad})
 

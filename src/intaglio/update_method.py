@@ -107,8 +107,8 @@ class UpdateMethod(Method):
 
         State: `{parameter name: offsets of its entries chosen so far}`.
         """
-        parameters = dict(model.named_parameters())
-        names = [name for name in parameters if name in self.selectable(model)]
+        parameters, candidates = dict(model.named_parameters()), self.selectable(model)
+        names = [name for name in parameters if name in candidates]
         chosen = Selection({name: from_flat(tuple(parameters[name].shape), state[name]) for name in names if name in state})
         free = {name: parameters[name].numel() - (exclude[name].count if name in exclude else 0) for name in names}
         taken = exclude if self.renews else exclude.union(chosen)

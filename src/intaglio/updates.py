@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .growing import GrowingSlot
 from .method import refuse
 
-__all__ = ["Updates", "correct_ages", "follow", "refuse_optimizer"]
+__all__ = ["Updates", "correct_ages", "follow", "refuse_kind", "refuse_optimizer"]
 
 _COUPLED = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
 _SIGN_HISTORY = ("Rprop",)  # its step sizes start at lr, not at zero
@@ -77,13 +77,8 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, slots: Iterable[GrowingSl
         ValueError: for one that couples entries of a matrix or needs a history, that lacks a slot, or that is no plain Adam
             where each entry is corrected by its own age.
     """
-    kinds = {cls.__name__ for cls in type(optimizer).__mro__}
-    name = type(optimizer).__name__
-    if kinds & {*_COUPLED, *_SIGN_HISTORY}:
-        raise ValueError(
-            f"optimizer {name}: an entry's update depends on others or on its past, which entries chosen while training do not "
-            "have; use an optimizer that treats each entry alike, e.g. AdamW, SGD or Adafactor"
-        )
+    kinds, name = _kinds(type(optimizer)), type(optimizer).__name__
+    refuse_kind(type(optimizer))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [slot.name for slot in slots if id(slot.values) not in held]
     if missing:
@@ -91,9 +86,26 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, slots: Iterable[GrowingSl
             f"optimizer {name}: lacks {missing[0]}; its entries could be chosen, never moved: pass tuner.parameters()"
         )
     if updates.bias_correction == "per_entry":
-        plain = kinds & {"Adam"} and not any(g.get("amsgrad") or g.get("maximize") for g in optimizer.param_groups)
+        plain = kinds & {"Adam", "AdamW"} and not any(g.get("amsgrad") or g.get("maximize") for g in optimizer.param_groups)
         if not plain or "betas" not in optimizer.defaults:
             raise ValueError(f"bias_correction='per_entry': needs Adam or AdamW without amsgrad and maximize, not {name}")
+
+
+def refuse_kind(factory: Any) -> None:
+    """Refuse a class of optimizers that cannot follow; what is no class says nothing.
+
+    Raises:
+        ValueError: for one that couples entries of a matrix, or needs a history.
+    """
+    if isinstance(factory, type) and _kinds(factory) & {*_COUPLED, *_SIGN_HISTORY}:
+        raise ValueError(
+            f"optimizer {factory.__name__}: an entry's update depends on others or on its past, which entries chosen while "
+            "training do not have; use an optimizer that treats each entry alike, e.g. AdamW, SGD or Adafactor"
+        )
+
+
+def _kinds(cls: type) -> set[str]:
+    return {parent.__name__ for parent in cls.__mro__}
 
 
 @torch.no_grad()
@@ -103,7 +115,7 @@ def follow(optimizer: torch.optim.Optimizer, slot: GrowingSlot) -> None:
     Raises:
         ValueError: for state that is not one number per entry (block-quantized, factored).
     """
-    if not slot.index.numel() and type(optimizer).__name__ in _DIVIDES_BY_COUNT:
+    if not slot.index.numel() and _kinds(type(optimizer)) & {*_DIVIDES_BY_COUNT}:
         slot.values.grad = None  # others count the update
     if slot.source is None:
         return
@@ -122,28 +134,30 @@ def follow(optimizer: torch.optim.Optimizer, slot: GrowingSlot) -> None:
 
 
 @torch.no_grad()
-def correct_ages(optimizer: torch.optim.Optimizer, slots: Iterable[GrowingSlot], before: Mapping[str, Tensor], step: int) -> None:
+def correct_ages(optimizer: torch.optim.Optimizer, slots: Iterable[GrowingSlot], before: Mapping[str, Tensor]) -> None:
     """Take an Adam step anew from its moments, each entry with the bias correction of its own age.
+
+    An entry's age, the steps it has taken, is one more state of the optimizer, beside the moments that it corrects.
 
     Args:
         optimizer: Adam or AdamW, just after its step.
         slots: what it stepped.
         before: name → values before the step.
-        step: the update's number, from 1.
     """
+    decoupled = "AdamW" in _kinds(type(optimizer))  # its groups say so from torch 2.7 on
     groups: dict[int, dict[str, Any]] = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for slot in slots:
         state = optimizer.state.get(slot.values)
         if not state or slot.values.grad is None:
             continue
+        state["age"] = state.get("age", torch.zeros_like(slot.values)) + 1
         group = groups[id(slot.values)]
-        _adam(slot.values, before[slot.name], state, group, (step + 1 - slot.born).to(slot.values.dtype))
+        _adam(slot.values, before[slot.name], state, {"decoupled_weight_decay": decoupled} | group)
 
 
-def _adam(values: nn.Parameter, before: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], age: Tensor) -> None:
-    (beta1, beta2), lr = group["betas"], float(group["lr"])
-    decoupled = group.get("decoupled_weight_decay", False)
+def _adam(values: nn.Parameter, before: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    (beta1, beta2), lr, age = group["betas"], float(group["lr"]), state["age"]
     mean = state["exp_avg"] / (1 - torch.exp(age * math.log(beta1)) if beta1 else 1.0)
     spread = (state["exp_avg_sq"] / (1 - torch.exp(age * math.log(beta2)))).sqrt()
-    start = before * (1 - lr * group["weight_decay"]) if decoupled else before
+    start = before * (1 - lr * group["weight_decay"]) if group["decoupled_weight_decay"] else before
     values.copy_(start - lr * mean / (spread + group["eps"]))

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .. import adapters
+from ..updates import refuse_kind
 
 if TYPE_CHECKING:
     from ..streaming import Unmasking
@@ -138,7 +139,14 @@ class _Length(TrainerCallback):
         self._unmasking = unmasking
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._unmasking.set_steps(state.max_steps)
+        try:
+            self._unmasking.set_steps(state.max_steps)
+        except ValueError as error:
+            if self._unmasking.step == 0:
+                raise
+            raise ValueError(
+                f"resume: the checkpoint's run is of another length: {error}; set max_steps (or epochs) back, or start anew"
+            ) from error
 
 
 def _check_updates(updates: Updates, args: Any) -> None:
@@ -148,8 +156,6 @@ def _check_updates(updates: Updates, args: Any) -> None:
             f"gradient_accumulation_steps={passes}: say how gradients add up, with updates=Updates(accumulation='exact') (keeps "
             "whole gradients between passes) or 'lean' (keeps candidates, approximate)"
         )
-    if args.fp16 and updates.accumulation == "exact":
-        raise ValueError("fp16 with accumulation='exact': the scaler cannot unscale whole gradients; use bf16, or 'lean'")
 
 
 def optimizer_cls_and_kwargs(
@@ -168,6 +174,9 @@ def optimizer_cls_and_kwargs(
     Example:
         >>> trainer = Trainer(model=tuner.model, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(tuner, lr=1e-4), ...)
     """
+
+    if tuner.unmasking is not None:
+        refuse_kind(cls)
 
     def begin(self: torch.optim.Optimizer, groups: list[dict[str, Any]], **options: Any) -> None:
         ours = []
@@ -223,6 +232,7 @@ def load_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
     except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
+    tuner.check(state)  # before anything is changed
     if adapters.is_peft(tuner.model):
         adapters.load(tuner.model, folder)  # the entries that are not chosen differ from run to run: LoRA starts at random
     state["slots"] = {key.removeprefix("slots/"): t for key, t in tensors.items() if key.startswith("slots/")}

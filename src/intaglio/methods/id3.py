@@ -131,7 +131,10 @@ class ID3(UpdateMethod):
         return dataclasses.replace(self, steps=steps)
 
     def always(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return matching(model, self.whole) if self.whole else {}
+        found = matching(model, self.whole) if self.whole else {}
+        if both := [name for name in found if name in matching(model, self.exclude)]:
+            raise ValueError(f"ID3: {both[0]} matches whole and exclude: it is trained, or it is frozen; narrow one of them")
+        return found
 
     @property
     def renews(self) -> bool:
