@@ -125,6 +125,14 @@ RESUMED = {
         "train.gradient_accumulation_steps=2",
     ],
     "id3-lora": ["method={name: id3, budget: 0.3}", "attach={lora: {r: 4}, bias_correction: per_entry}"],
+    "lora-ist": ["method={name: lora, r: 4}", "schedule={name: ist, layers: 1, suppressed: 1, interval: 2}"],
+    "s2ft-ist": ["method={name: s2ft, o: 0.5, down: 0.25}", "schedule={name: ist, layers: 1, suppressed: 1, interval: 2}"],
+    "id3-lora-ist": [
+        "method={name: id3, budget: 0.3}", "attach={lora: {r: 4}}",
+        "schedule={name: ist, layers: 1, suppressed: 1, interval: 2, state: drop}",
+    ],
+    "lisa": ["method={name: full}", "schedule={name: lisa, layers: 1, redraw: 2}"],
+    "bottleneck-rst": ["method={name: bottleneck, bottleneck_size: 4}", "schedule={name: rst, layers: 1, state: offload}"],
     "repeat": ["method={name: id3, budget: 100, mode: repeat}"],
     "gradient": ["method={name: gradient, budget: 500}", "train.gradient_accumulation_steps=2"],
 }

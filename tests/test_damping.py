@@ -59,7 +59,7 @@ LORAS = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "pattern": {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"down_proj": 3}, "lora_alpha": 11},
-    "biased": {"lora_bias": False, "target_modules": "all-linear"},
+    "all linear": {"target_modules": "all-linear"},
 }
 
 

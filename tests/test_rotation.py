@@ -449,3 +449,12 @@ def test_a_probe_is_asked_for():
     model = adapted()
     shake(model)
     assert attach(model, IST(), probe=probe()).rotation.probes == 0
+
+
+def test_weights_spread_over_processes_are_refused():
+    """IST checklist 27: as ZeRO stage 3 marks them; before anything is changed."""
+    model = adapted()
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match=r"embed_tokens.*sharded over processes \(ZeRO\); RST lets layers rest by themselves"):
+        attached(model, RST(layers=2))
+    assert "intaglio_slots" not in model._modules

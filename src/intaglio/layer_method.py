@@ -41,6 +41,7 @@ class LayerMethod(Method):
         idle_dropout: whether the adapter dropout of idle layers stays on; default False, which keeps no mask for them.
         policy: "any" layers; "contiguous": one block of adjacent layers, so that backward can stop below it; "top": always
             the last ones, so that memory is least and nothing below is ever trained. Default "any".
+            Only "contiguous" promises when a layer comes (see `active`); under "any" each has its chance at every draw.
         redraw: updates between draws.
         seed: of the draws, which use a generator of their own.
     """
