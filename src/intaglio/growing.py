@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from . import tied_linear
+from . import tied
 from .selection import Entries, from_flat
 from .slots import Slot, fingerprint
 
@@ -100,17 +100,15 @@ class GrowingSlot(Slot):
         order = torch.cat([self._index, self.left[0]]).argsort()
         return fingerprint(torch.cat([self._base, self.left[1]])[order].view(entries.values_shape))
 
-    def connect(self, hook: Callable[[Tensor], None], heads: Sequence[nn.Module] = ()) -> None:
-        """Let `hook` see each gradient of the weight; `heads`: linear layers that share it with others."""
+    def connect(self, hook: Callable[[Tensor], None], sharers: Sequence[nn.Module] = ()) -> None:
+        """Let `hook` see each gradient of the weight; `sharers`: the layers that hold it, where they are several."""
         self.target.requires_grad_(True)
         handle = self.target.register_post_accumulate_grad_hook(hook)
-        for head in heads:
-            tied_linear.install(head)
+        tied.install(sharers)
 
         def remove() -> None:
             handle.remove()
-            for head in heads:
-                tied_linear.remove(head)
+            tied.remove(sharers)
 
         self._remove = remove
 
