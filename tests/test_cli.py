@@ -128,7 +128,8 @@ RESUMED = {
     "lora-ist": ["method={name: lora, r: 4}", "schedule={name: ist, layers: 1, suppressed: 1, interval: 2}"],
     "s2ft-ist": ["method={name: s2ft, o: 0.5, down: 0.25}", "schedule={name: ist, layers: 1, suppressed: 1, interval: 2}"],
     "id3-lora-ist": [
-        "method={name: id3, budget: 0.3}", "attach={lora: {r: 4}}",
+        "method={name: id3, budget: 0.3}",
+        "attach={lora: {r: 4}}",
         "schedule={name: ist, layers: 1, suppressed: 1, interval: 2, state: drop}",
     ],
     "lisa": ["method={name: full}", "schedule={name: lisa, layers: 1, redraw: 2}"],

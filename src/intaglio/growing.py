@@ -5,13 +5,14 @@ Entries stand in the order they came. A choice is provisional until the update i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from . import tied
 from .selection import Entries, from_flat
 from .slots import Slot, damped_values, fingerprint
 
@@ -99,10 +100,17 @@ class GrowingSlot(Slot):
         order = torch.cat([self._index, self.left[0]]).argsort()
         return fingerprint(torch.cat([self._base, self.left[1]])[order].view(entries.values_shape))
 
-    def connect(self, hook: Callable[[Tensor], None]) -> None:
-        """Let `hook` see each gradient of the weight."""
+    def connect(self, hook: Callable[[Tensor], None], sharers: Sequence[nn.Module] = ()) -> None:
+        """Let `hook` see each gradient of the weight; `sharers`: the layers that hold it, where they are several."""
         self.target.requires_grad_(True)
-        self._remove = self.target.register_post_accumulate_grad_hook(hook).remove
+        handle = self.target.register_post_accumulate_grad_hook(hook)
+        tied.install(sharers)
+
+        def remove() -> None:
+            handle.remove()
+            tied.remove(sharers)
+
+        self._remove = remove
 
     def receive(self, gradient: Tensor) -> Tensor:
         """Add the chosen entries of a whole gradient, flat `[n]`, to theirs, which are returned. Drops a pending choice."""

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from . import adapters
+from . import adapters, tied
 from .budget import TopK
 from .growing import GrowingSlot
 from .scan import scan
@@ -66,6 +66,7 @@ class Unmasking:
         for name in (name for name in parameters if name in self._member):
             barred = exclude[name].flat() if name in exclude else None
             self.slots[name] = GrowingSlot(name, parameters[name], barred, from_start=updates.decay == "start")
+        self._sharers = tied.find(model, (slot.target for slot in self.slots.values()))
         self._fixed: list[Slot] = []
         self._seen: set[str] = set()
         self._sums: dict[str, Tensor] = {}  # whole gradients, where they are kept until the update
@@ -91,7 +92,7 @@ class Unmasking:
         self._fixed = [slots[name] for name in self.whole]
         for rank, slot in enumerate(self.slots.values()):
             slots.register(slot)
-            slot.connect(partial(self._receive, rank, slot))
+            slot.connect(partial(self._receive, rank, slot), self._sharers.get(id(slot.target), ()))
 
     def set_steps(self, steps: int) -> None:
         """Say how many updates the run makes.

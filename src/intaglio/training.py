@@ -149,7 +149,7 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     from tqdm.auto import tqdm
 
     from .delta import Delta
-    from .hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches
+    from .hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches, probe_rows
     from .insight import Insight
     from .probe import Batches
     from .tuner import attach
@@ -169,7 +169,9 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     if looks_first and checkpoint is not None:
         selection = Delta.load(checkpoint).selection  # looking at data again could tip a tie
     if chosen.needs_probe and (checkpoint is None or chosen.phase == "layer"):
-        batches = calibration_batches(run.model, run.examples.sample(run.config.data.calibration), **common)
+        rows = run.examples.sample(run.config.data.calibration)
+        size = None if looks_first or chosen.phase != "layer" else probe_rows(run.arguments)
+        batches = calibration_batches(run.model, rows, size, **common)
         probe = Batches(tqdm(batches, desc="calibrate", leave=False) if looks_first else batches)
     options = {"exclude": run.exclude, "permute": run.config.attach.permute, "selection": selection}
     if chosen.chooser.phase == "update":

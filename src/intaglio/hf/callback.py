@@ -15,7 +15,7 @@ from ..methods import IST, build
 from ..parts import bare_parts
 from ..probe import Batches, Probe
 from ..rotation import Rotation
-from .trainer import expect_unused_parameters
+from .trainer import expect_unused_parameters, probe_rows
 
 __all__ = ["ISTCallback"]
 
@@ -33,10 +33,11 @@ class ISTCallback(TrainerCallback, ExportableState):
     Args:
         method: `IST(...)`, `RST(...)` or `LISA(...)` without `of`; default `IST()`.
         probe: batches that importance is learned from, and their loss; default up to 64 shuffled batches of the training
-            set, of the training size and collator, with the model's own loss.
+            set, of a quarter of an update's rows (so that probes cost less than 4 % of a run), with the model's own loss.
 
     Attributes:
         rotation: importance, draws and visits, once training has begun.
+        saved: set by a Trainer that restores callbacks itself (it makes a new one, which has the default probe).
 
     Raises:
         ValueError: for `of` (use `attach`), and as training begins, as `Rotation` does, or under FSDP and DeepSpeed.
@@ -52,6 +53,7 @@ class ISTCallback(TrainerCallback, ExportableState):
         if self.method.of is not None:
             raise ValueError(f"ISTCallback: {type(self.method).__name__}(of=…) needs attach(model, method) and SparseTrainer")
         self.rotation: Rotation | None = None
+        self.saved: dict[str, Any] | None = None
         self._step = 0
         self._handle: Any = None
 
@@ -60,13 +62,15 @@ class ISTCallback(TrainerCallback, ExportableState):
             raise ValueError("ISTCallback: DeepSpeed and FSDP shard what has to rest; use one process or DDP")
         expect_unused_parameters(args)
         self._finish()
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("saved") or {}
+        if self.saved is not None:  # the Trainer made this callback, in place of the user's
+            self.method = cast(LayerMethod, build(saved["method"]))
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         probe = self.probe
         if probe is None and self.method.learns:
-            probe = Batches(_sample(kwargs["train_dataloader"], args.per_device_train_batch_size, self.method.seed))
+            probe = Batches(_sample(kwargs["train_dataloader"], probe_rows(args), self.method.seed))
         self.rotation, self._step = Rotation(model, self.method, bare_parts(model), probe), state.global_step
         if state.global_step:
-            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("args", {})
             self.rotation.check(saved.get("method", {}), saved.get("rotation"))
             self.rotation.load(saved["rotation"])
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
@@ -83,12 +87,7 @@ class ISTCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` holds: JSON values."""
         rotation = None if self.rotation is None else self.rotation.state()
-        return {"args": {"method": self.method.to_dict(), "rotation": rotation}, "attributes": {}}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> ISTCallback:
-        """What the Trainer puts in place of the callback under `restore_callback_states_from_checkpoint`: the default probe."""
-        return cls(cast(LayerMethod, build(state["args"]["method"])))
+        return {"args": {}, "attributes": {"saved": {"method": self.method.to_dict(), "rotation": rotation}}}
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         assert self.rotation is not None

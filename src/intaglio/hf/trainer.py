@@ -40,6 +40,7 @@ __all__ = [
     "last_checkpoint",
     "load_tuner_state",
     "optimizer_cls_and_kwargs",
+    "probe_rows",
     "save_tuner_state",
 ]
 
@@ -221,17 +222,26 @@ def optimizer_cls_and_kwargs(
     return type(f"Sparse{cls.__name__}", (cls,), {"__init__": begin}), kwargs
 
 
-def calibration_batches(model: nn.Module, rows: list[dict[str, Any]], **kwargs: Any) -> list[dict[str, Any]]:
+def probe_rows(args: Any) -> int:
+    """Rows of a probe's batch that cost a quarter of an update: 3 forward passes per 10 updates add less than 4 %."""
+    return max(1, args.per_device_train_batch_size * args.gradient_accumulation_steps // 4)
+
+
+def calibration_batches(
+    model: nn.Module, rows: list[dict[str, Any]], size: int | None = None, **kwargs: Any
+) -> list[dict[str, Any]]:
     """Rows as SFTTrainer would feed them: templated, tokenized, masked and collated.
 
     Args:
         model: the model that will train; only its tokenizer-side settings are read.
         rows: training rows, as `data.Examples` holds them.
+        size: rows of a batch; default that of training.
         kwargs: SFTTrainer's arguments; its data sets are replaced by `rows`.
     """
     arguments = copy.deepcopy(kwargs["args"])
     # Every row, and each a row of its own: gradients are taken example by example.
     arguments.dataloader_drop_last = arguments.packing = arguments.padding_free = False
+    arguments.per_device_train_batch_size = size or arguments.per_device_train_batch_size
     replaced = {"args": arguments, "train_dataset": Dataset.from_list(rows), "eval_dataset": None}
     trainer = SFTTrainer(model, **(kwargs | replaced))  # type: ignore[arg-type]  # a PreTrainedModel
     return [dict(batch) for batch in trainer.get_train_dataloader()]
