@@ -79,7 +79,9 @@ class ISTCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.rotation is not None and logs is not None and "loss" in logs and self.method.learns:
-            logs["probe_seconds"] = round(self.rotation.seconds, 2)
+            seconds = {"probe_seconds": round(self.rotation.seconds, 2)}
+            logs.update(seconds)
+            state.log_history[-1].update(seconds)  # written before callbacks are asked
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._finish()
