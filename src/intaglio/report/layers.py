@@ -93,9 +93,9 @@ def _draw_map(
     axes.set(xlabel="update", xlim=(bounds[0], bounds[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     if label is not None:
-        options = {"format": PercentFormatter(1.0, decimals=0, symbol=" %")} if "share" in label else {}
+        percent = PercentFormatter(1.0, decimals=0, symbol=" %") if "share" in label else None
         # Below the map, so that the final values stand right beside their rows.
-        bar = figure.colorbar(mesh, ax=axes, location="bottom", fraction=0.045, pad=0.01, aspect=40, label=label, **options)
+        bar = figure.colorbar(mesh, ax=axes, location="bottom", fraction=0.045, pad=0.01, aspect=40, label=label, format=percent)
         bar.outline.set_visible(False)  # type: ignore[operator]
 
 

@@ -16,7 +16,7 @@ _TOP = 10  # layers shown of those that trained in turn
 
 
 def show(kind: str, result: dict[str, Any]) -> None:
-    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect."""
+    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect, prune."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _ROWS[kind](result):
         table.add_row(label, text, style="bold" if label.isupper() else None)
@@ -100,6 +100,19 @@ def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         flags = f"--enable-lora --max-lora-rank {result['rank']} --lora-target-modules {names}"
         base = result["base"] if "/" in result["base"] else "BASE"  # the embedded model has no name that others know
         yield "vLLM", f"vllm serve {base} {flags} --lora-modules NAME={result['path']}"
+
+
+def _prune(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "kept", f"{len(result['layers'])} of {result['total']} layers: {', '.join(result['layers'])}"
+    yield "size", f"{result['bytes'] / 1e6:.2f} MB (the whole adapter: {result['of_bytes'] / 1e6:.2f} MB)"
+    if not result["losses"]:
+        yield "loss", "not taken: no held-out rows, or none wanted"
+    for row in result["losses"]:
+        here = " ← this adapter" if row["layers"] == len(result["layers"]) else ""
+        yield f"loss, {row['layers']}", f"{row['loss']:.4f}{here}"
+    if result["losses"]:
+        yield "", f"mean per label over {result['rows']} held-out rows; the number is that of layers with their adapter"
+    yield "written", result["path"]
 
 
 def _inspect(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -201,4 +214,5 @@ _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str]]]] = {
     "methods": _methods,
     "export": _export,
     "inspect": _inspect,
+    "prune": _prune,
 }
