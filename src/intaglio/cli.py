@@ -145,7 +145,8 @@ def inspect(
 ) -> None:
     """Show what an adapter changes: counts per layer and projection, its share of the model, a heat map.
 
-    No model is loaded.
+    Of a run whose layers trained in turn (ist, rst, lisa) it shows each layer's importance and how often it trained, and
+    writes layers.png and layers.csv beside. No model is loaded.
 
     Examples:
 
@@ -159,6 +160,39 @@ def inspect(
         return run(adapter, other=other, output=output)
 
     _finish(_guarded(work, debug), as_json, "inspect")
+
+
+@app.command()
+def prune(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run: LoRA, trained with the schedule ist", metavar="RUN")],
+    layers: Annotated[int, typer.Option("--layers", help="how many of the most important layers to keep", metavar="K")],
+    output: Annotated[Path | None, typer.Option("--output", help="the new folder; default RUN/pruned-K")] = None,
+    rows: Annotated[
+        int, typer.Option("--rows", help="held-out rows to take the loss on; 0: no loss, and no model is loaded")
+    ] = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in the output folder")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Keep a LoRA's most important layers only, as an ordinary PEFT adapter.
+
+    IST has learned how much each layer of the run matters (layers.json; `intaglio inspect RUN` shows it). The adapter of all
+    but the K most important layers is left out: a smaller file that PEFT loads as any other, equal bit for bit to the whole
+    one with those layers switched off. What the layers are worth stands in pruning.csv beside it: the loss on held-out rows
+    with all layers, one fewer, … and one. Look where it begins to rise, and choose K there.
+
+    Examples:
+
+        intaglio prune runs/ist --layers 10
+        intaglio prune runs/ist --layers 4 --output adapters/small --rows 100
+    """
+
+    def work() -> dict[str, Any]:
+        from .pruning import prune as run_prune
+
+        return run_prune(run, layers, output, held_out=rows, overwrite=overwrite)
+
+    _finish(_guarded(work, debug), as_json, "prune")
 
 
 @app.command()

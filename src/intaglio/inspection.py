@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import insight
+import safetensors
+
+from . import insight, layer_record
+from .adapter_folder import CONFIG, PEFT_TYPE, WEIGHTS, read_config
 from .delta import Delta
 from .run_folder import adapter_of
 from .selection import Entries, Selection, Slices
@@ -30,6 +33,8 @@ class _Place:
 def inspect(path: Path, *, other: Path | None = None, output: Path | None = None) -> dict[str, Any]:
     """Count what an adapter changes, draw it, and compare it with another one.
 
+    PEFT's own adapters are known by what their run has recorded, where their layers trained in turn.
+
     Args:
         path: an adapter folder, or the folder of a finished run.
         other: a second one; default None.
@@ -38,10 +43,12 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
     Returns:
         method, base, bytes, entries, `of` and `share` of the model (None where unknown), `projections` (per projection
         its kind, entries and chosen slices per layer), `other` parameters, `picture`, with `other` the `overlap`, and for
-        a run that chose while it trained `unmasking`: updates, entry updates, overlaps, entries per kind, its picture.
+        a run that chose while it trained `unmasking`: updates, entry updates, overlaps, entries per kind, its picture; and
+        for one whose layers trained in turn `layers`: updates, probes, a row per layer, its picture and CSV file.
 
     Raises:
-        ValueError: for a missing or damaged adapter, a picture that is no .png, or adapters of different models.
+        ValueError: for a missing or damaged adapter, a picture that is no .png, adapters of different models, or an
+            adapter of PEFT's that is to be compared.
 
     Example:
         >>> inspect(Path("runs/demo"))["projections"]["mlp.down_proj"]["least"]
@@ -49,6 +56,11 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
     """
     picture = _picture_path(path, output)
     adapter, run = adapter_of(path)
+    record = None if run is None else layer_record.read(path / layer_record.FILE)
+    if record is not None and read_config(adapter).get("peft_type") != PEFT_TYPE:
+        if other is not None:
+            raise ValueError(f"with={str(other)!r}: {adapter} is PEFT's own adapter, which has no chosen entries to compare")
+        return _peft_summary(path, adapter, record, run) | _layers(record, picture.parent)
     delta = Delta.load(adapter)
     overlap = None if other is None else _overlap(delta, Delta.load(adapter_of(other)[0]))
     projections, rest = grid(delta.selection)
@@ -58,6 +70,7 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
         "other": rest,
         "picture": None,
         **unmasking,
+        **({} if record is None else _layers(record, picture.parent)),
     }
     if projections:
         from .report.heatmap import plot_selection
@@ -68,6 +81,40 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
         picture.parent.mkdir(parents=True, exist_ok=True)
         result["picture"] = str(plot_selection(projections, blocks, title + share, picture))
     return result if overlap is None else result | {"with": str(other), "overlap": overlap}
+
+
+def _layers(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a run's record of its layers says, its picture and its table."""
+    from .report.layers import plot_layers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {key: record[key] for key in ("method", "updates", "probes", "skipped", "seconds")}
+    picture = plot_layers(record, folder / "layers.png")
+    table = layer_record.to_csv(record, folder / "layers.csv")
+    return {"layers": figures | {"rows": layer_record.rows(record), "picture": str(picture), "table": str(table)}}
+
+
+def _peft_summary(path: Path, adapter: Path, record: Mapping[str, Any], run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`_summary` of an adapter that PEFT wrote: all of its tensors are trained."""
+    try:
+        with safetensors.safe_open(adapter / WEIGHTS, "pt") as file:
+            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  # no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{adapter / WEIGHTS}: missing, damaged or truncated ({error})") from error
+    of = (run or {}).get("trainable", {}).get("of")
+    return {
+        "path": str(path),
+        "method": record["method"],
+        "base": read_config(adapter).get("base_model_name_or_path"),
+        "bytes": sum((adapter / name).stat().st_size for name in (CONFIG, WEIGHTS)),
+        "parameters": len(sizes),
+        "entries": sum(sizes),
+        "of": of,
+        "share": sum(sizes) / of if of else None,
+        "projections": {},
+        "other": {},
+        "picture": None,
+    }
 
 
 def _unmasking(path: Path, picture: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batches", "Probe", "batch_on", "chunks"]
+__all__ = ["Batches", "Probe", "batch_on", "chunks", "label_count"]
 
 _IGNORED = -100  # the label that transformers' losses skip
 
@@ -87,7 +87,7 @@ def chunks(model: nn.Module, batch: Mapping[str, Any], largest: int) -> Iterator
         yield dict(batch), 1.0
         return
     pieces = [_rows(batch, slice(start, start + at_once), rows) for start in range(0, rows, at_once)]
-    counts = [_label_count(model, piece) for piece in pieces]
+    counts = [label_count(model, piece) for piece in pieces]
     for piece, count in zip(pieces, counts, strict=True):
         if count or not sum(counts):
             yield piece, count / sum(counts) if sum(counts) else 1 / len(pieces)
@@ -98,7 +98,7 @@ def _rows(batch: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
     return {key: x[part] if key in split else x for key, x in batch.items()}
 
 
-def _label_count(model: nn.Module, batch: Mapping[str, Any]) -> int:
+def label_count(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """How many labels the loss of a batch is a mean of; rows, where it has none."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():

@@ -9,7 +9,7 @@ from typing import Any
 from .config import Config, EvaluateBlock, load_config
 from .run_folder import read_run
 
-__all__ = ["score", "verify"]
+__all__ = ["load", "score", "verify"]
 
 
 def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None)
     from .evaluate import evaluate
 
     examples = load_examples(config.data)
-    model, tokenizer = _load(config, adapter)
+    model, tokenizer = load(config, adapter)
     block = config.evaluate or EvaluateBlock.model_validate({})
     result, _ = evaluate(model, tokenizer, examples.test, block, examples.verify)
     return {"model": config.model.name, "adapter": None if adapter is None else str(adapter), **result.to_dict()}
@@ -47,11 +47,12 @@ def verify(run: Path) -> dict[str, Any]:
     from .hf.verify import compare_check
 
     config = load_config(read_run(run)["config"])
-    model, _ = _load(config, run / "adapter")
+    model, _ = load(config, run / "adapter")
     return {"run": str(run), "adapter": str(run / "adapter"), **compare_check(model, run / "check.safetensors")}
 
 
-def _load(config: Config, adapter: Path | None) -> tuple[Any, Any]:
+def load(config: Config, adapter: Path | None) -> tuple[Any, Any]:
+    """The model of a run file, with an adapter on it, and its tokenizer."""
     import torch
 
     from .adapter_folder import read_config

@@ -36,6 +36,7 @@ __all__ = ["Run", "train"]
 
 UNMASKING = "unmasking.json"
 _OURS = ("run.json", "adapter", "check.safetensors", "answers.jsonl", "loss.png", "accuracy.png", UNMASKING, "unmasking.png")
+_OURS += ("layers.json", "layers.png", "layers.csv")
 
 
 def train(
@@ -215,11 +216,14 @@ def _fit(run: Run, trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
 
 def _save(run: Run, trainer: Any) -> Path:
     """Write the adapter, and the logits that `verify` compares with."""
+    from . import layer_record
     from .hf.verify import save_check
 
     adapter = run.output / "adapter"
     if run.insight is not None:
         run.insight.save(run.output / UNMASKING)
+    if run.tuner is not None and run.tuner.rotation is not None:
+        layer_record.save(run.tuner.rotation, run.output / layer_record.FILE)
     if run.tuner is not None:
         run.tuner.save(adapter)
         run.tuner.detach()

@@ -12,9 +12,11 @@ from ..peft_methods import PEFT_METHODS
 
 __all__ = ["show"]
 
+_TOP = 10  # layers shown of those that trained in turn
+
 
 def show(kind: str, result: dict[str, Any]) -> None:
-    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect."""
+    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect, prune."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _ROWS[kind](result):
         table.add_row(label, text, style="bold" if label.isupper() else None)
@@ -24,6 +26,8 @@ def show(kind: str, result: dict[str, Any]) -> None:
     console.print(table)
     if kind == "inspect" and result["projections"]:
         console.print(_layers(result["projections"]))
+    if kind == "inspect" and "layers" in result:
+        console.print(_in_turn(result["layers"]))
 
 
 def _run(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -98,6 +102,19 @@ def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "vLLM", f"vllm serve {base} {flags} --lora-modules NAME={result['path']}"
 
 
+def _prune(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "kept", f"{len(result['layers'])} of {result['total']} layers: {', '.join(result['layers'])}"
+    yield "size", f"{result['bytes'] / 1e6:.2f} MB (the whole adapter: {result['of_bytes'] / 1e6:.2f} MB)"
+    if not result["losses"]:
+        yield "loss", "not taken: no held-out rows, or none wanted"
+    for row in result["losses"]:
+        here = " ← this adapter" if row["layers"] == len(result["layers"]) else ""
+        yield f"loss, {row['layers']}", f"{row['loss']:.4f}{here}"
+    if result["losses"]:
+        yield "", f"mean per label over {result['rows']} held-out rows; the number is that of layers with their adapter"
+    yield "written", result["path"]
+
+
 def _inspect(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     fields = ", ".join(f"{k}={v!r}" for k, v in result["method"].items() if k != "name")
     yield "method", f"{result['method'].get('name', 'unknown')} ({fields})"
@@ -109,6 +126,8 @@ def _inspect(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "other", f"{name}: {record['entries']:,} entries ({record['kind']}) in {record['parameters']} parameter(s)"
     if "unmasking" in result:
         yield from _unmasking(result["unmasking"])
+    if "layers" in result:
+        yield from _probes(result["layers"])
     if "overlap" in result:
         yield from _overlap(result)
     if result["picture"] is not None:
@@ -124,6 +143,32 @@ def _unmasking(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, shared in record["overlap"].items():
         yield "in common", f"{shared['entries']:,} = {shared['share']:.1%} with the {name}"
     yield "picture", record["picture"]
+
+
+def _probes(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    at_once = sum(row["visits"] for row in record["rows"]) / max(record["updates"], 1)
+    yield "layers", f"{at_once:.0f} of {len(record['rows'])} trained at a time, {record['updates']:,} updates"
+    if record["probes"]:
+        skipped = f", {record['skipped']:,} of them without a finite loss" if record["skipped"] else ""
+        yield "probes", f"{record['probes']:,} in {record['seconds']:.1f} s{skipped}"
+    yield "picture", f"{record['picture']}, as a table {record['table']}"
+
+
+def _in_turn(record: dict[str, Any]) -> Table:
+    """The layers that matter most, or where that is not known those trained most often."""
+    rows = record["rows"]
+    ranked = all(row["rank"] is not None for row in rows)
+    order = sorted(rows, key=lambda row: row["rank"] if ranked else -row["visits"])[:_TOP]
+    more = f", the first {_TOP} of {len(rows)}" if len(rows) > _TOP else ""
+    title = f"layers by {'importance' if ranked else 'updates that trained them'}{more}"
+    table = Table(box=None, title=title, title_justify="left", title_style="bold", min_width=len(title))
+    table.add_column("layer")
+    for name in (["importance"] if ranked else []) + ["updates", "share"]:
+        table.add_column(name, justify="right")
+    for row in order:
+        importance = [f"{row['importance']:+.3f}"] if ranked else []
+        table.add_row(row["layer"], *importance, f"{row['visits']:,}", f"{row['share']:.1%}")
+    return table
 
 
 def _overlap(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -169,4 +214,5 @@ _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str]]]] = {
     "methods": _methods,
     "export": _export,
     "inspect": _inspect,
+    "prune": _prune,
 }
