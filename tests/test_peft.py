@@ -28,8 +28,10 @@ SETTINGS = {
     "shira": {"budget": 0.05},
     "fishmask": {"budget": 0.02},
     "bitfit": {"tensors": "one_dimensional"},
+    "ist": {"layers": 1, "of": {"name": "s2ft", "o": 0.5, "down": 0.25}},
+    "rst": {"layers": 1, "of": {"name": "bitfit", "tensors": "one_dimensional"}},
 }
-EVERY = {name: SETTINGS.get(name, {}) for name, cls in METHODS.items() if cls.phase != "layer"}
+EVERY = {name: SETTINGS.get(name, {}) for name in METHODS}
 
 
 MOST = ["gqa_llama", "tied_llama", "fused_phi3", "transposed_gpt2", "mixtral", "bert"]

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from intaglio import ID3, IST, LISA, RST, S2FT, BitFit, Full, Updates, attach
+from intaglio.parts import bare_parts
+from intaglio.rotation import Rotation
 from layer_tools import NAME, adapted, attached, changed, layer_of, lora, probe, run, same, shake, stack, update, weights
 
 # what is trained in turn: method, and the model it is attached to
@@ -72,11 +74,11 @@ def test_all_is_trainable_until_the_first_forward():
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     tuner = attached(model, RST(layers=2))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    model.eval()(**tiny.batch(NAME))
+    assert all(p.requires_grad for name, p in model.named_parameters() if name in trainable)  # evaluation is no training
     optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(s.values) for s in tuner.slots}
     assert {slot.name for slot in tuner.slots} == trainable
-    model.eval()(**tiny.batch(NAME))
-    assert all(p.requires_grad for name, p in model.named_parameters() if name in trainable)  # evaluation is no training
     model.train()(**tiny.batch(NAME))
     assert {layer_of(name) for name, p in model.named_parameters() if p.requires_grad} == set(tuner.rotation.active)
 
@@ -215,7 +217,7 @@ def test_dropout_of_idle_layers_is_off():
     model = adapted()
     tuner = attached(model, RST(layers=2))
     optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
-    for step in range(10):
+    for _ in range(10):
         model.train()
         active = set(tuner.rotation.active)
         model(**tiny.batch(NAME)).loss.backward()
@@ -317,6 +319,70 @@ def test_each_micro_batch_of_an_update_trains_the_same_layers():
         draws.append(tuner.rotation.history["draws"])
     assert draws[0] == draws[1]
     assert len({tuple(layers) for _, layers in draws[0]}) > 3
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["input_layernorm"]}], ids=["lora", "lora and norms"])
+def test_bare_tensors_of_an_adapter_train_as_slots_do(fields):
+    """Without a tuner, as a callback does it: the same weights and importance, bit for bit."""
+    method = IST(layers=2, interval=3)
+    model, bare = adapted(**fields), adapted(**fields)
+    tuner = attached(model, method)
+    rotation = Rotation(bare, method, bare_parts(bare), probe())
+    optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    run(model, tuner, 12)
+    for step in range(12):
+        torch.manual_seed(step)
+        update(bare, optimizer, step)
+        rotation.advance(step + 1, optimizer)
+    assert same(weights(model), weights(bare))
+    assert rotation.state() == tuner.rotation.state()
+    rotation.release()
+    assert all(part.parameter.requires_grad for part in bare_parts(bare).values())
+    assert len(bare_parts(bare)) == len(list(tuner.slots))
+
+
+def test_an_encoder_and_a_decoder_train_in_turn():
+    """Two stacks, one draw over both; the graph is cut below the decoder only where no encoder layer trains."""
+    import transformers as tf
+
+    fields = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = tf.T5ForConditionalGeneration(tf.T5Config(**fields, decoder_start_token_id=0)).train()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "wo"]))
+    shake(model)
+    tuner = attach(model, RST(layers=2))
+    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
+    sides = set()
+    for step in range(20):
+        before, active = weights(model), set(tuner.rotation.active)
+        model(**tiny.batch(NAME, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        prefixes = {tuner.rotation.layers.paths[number] for number in active}
+        moved = changed(before, weights(model))
+        assert {path for path in tuner.rotation.layers.paths if any(key.startswith(f"{path}.") for key in moved)} == prefixes
+        sides |= {tuple(sorted("encoder" in path for path in prefixes))}
+    assert sides == {(False, False), (False, True), (True, True)}
+
+
+def test_adapters_outside_the_stack_train_at_every_update():
+    """IST checklist 30: BERT's classifier and pooler; what its user froze stays frozen."""
+    model = peft.get_peft_model(tiny.build("bert"), peft.LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    model.train()
+    tuner = attach(model, RST(layers=1))
+    outside = set(tuner.rotation.layers.outside)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
+    for step in range(6):
+        before = weights(model)
+        model(**tiny.batch("bert", seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = changed(before, weights(model))
+        assert {name for name in outside if "lora_B" in name or "modules_to_save" in name} <= moved
+        assert not moved & frozen
+    assert any("classifier" in name for name in outside)
+    assert any("pooler" in name for name in outside)
 
 
 def test_detach_leaves_an_ordinary_model():

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, final
 
@@ -21,32 +20,15 @@ from torch import Tensor, nn
 from . import adapters
 from .calibration import quiet
 from .layer_method import LayerMethod
+from .parts import Part
 from .probe import Probe, batch_on, chunks
 from .resting import Resting
 from .scores import stable_seed
 from .stacks import stacks
 
-__all__ = ["Part", "Rotation"]
+__all__ = ["Rotation"]
 
 _DTYPE = torch.float64
-
-
-@final
-@dataclass(frozen=True)
-class Part:
-    """What the optimizer trains of one parameter.
-
-    Attributes:
-        parameter: what the optimizer sees.
-        activate: lets gradients reach it, or none.
-        keep_start: remembers the present values of the weight.
-        damp: writes start + factor · (tuned − start) into the weight and returns what writes the exact values back.
-    """
-
-    parameter: nn.Parameter
-    activate: Callable[[bool], None]
-    keep_start: Callable[[], None]
-    damp: Callable[[float], Callable[[], None]]
 
 
 @final
@@ -93,13 +75,14 @@ class Rotation:
         self._batches: Any = None
         self._damping = _damping(model, self.layers.groups, self._parts, method.learns)
         self._resting = Resting(model, self.layers.paths, idle_dropout=method.idle_dropout)
-        self._applied = False
+        self._applied = self._watched = False
         self.active: list[int] = []
         self._draw(0)
         self._handle = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """See to it that idle layers rest before the first of the optimizer's steps, whatever came before it."""
+        self._watched = True
         optimizer.register_step_pre_hook(lambda *_: self.apply())
 
     def apply(self) -> None:
@@ -259,7 +242,7 @@ class Rotation:
                     held |= {k: v.to(place) for k, v in held.items() if isinstance(v, Tensor) and v.dim() > 0}
 
     def _before_forward(self, model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if model.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (model.training or self._watched):
             self.apply()
             self._resting.look(inputs, kwargs)
 

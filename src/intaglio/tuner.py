@@ -13,9 +13,10 @@ from . import adapters
 from .delta import Delta
 from .layer_method import LayerMethod
 from .method import Method, State, refuse_foreign
+from .parts import part_of
 from .permute import Layout, co_permute
 from .probe import Probe
-from .rotation import Part, Rotation
+from .rotation import Rotation
 from .selection import Selection, Whole
 from .slots import Slots, refuse_differing_ranks
 from .streaming import Unmasking
@@ -158,7 +159,7 @@ class Tuner:
         Raises:
             ValueError: where the method does not fit the model; the tuner is detached then.
         """
-        parts = {slot.name: Part(slot.values, slot.activate, slot.keep_start, slot.damp) for slot in self.slots}
+        parts = {slot.name: part_of(slot) for slot in self.slots}
         try:
             self.rotation = Rotation(self.model, method, parts, probe)
         except BaseException:
