@@ -87,7 +87,7 @@ def _model(part: dict[str, Any]) -> list[str]:
     before = statistics.mean(level - entropy for level, entropy in part["levels"])
     level = statistics.mean(level for level, _ in part["levels"])
     lines = [
-        f"## A planted model of 12 layers\n\n{_how(part)}",
+        f"## A planted model of 8 layers\n\n{_how(part)}",
         f"Before training: loss {level:.2f}, {before:.3f} above the least possible. Learning rate {part['lr']:g}.\n",
         f"Held-out loss above the least possible, after so many training updates: means over {len(runs['RST'])} seeds, and",
         "differences from RST, paired by seed, with 95 % intervals\n",
@@ -111,7 +111,8 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
     if "stack" in measured:
         _draw_stack(measured["stack"], axes)
     if "model" in measured:
@@ -130,27 +131,31 @@ def _draw_stack(part: dict[str, Any], axes: Any) -> None:
     for axis, (loss, methods) in zip(axes[0], part["losses"].items(), strict=True):
         for name, runs in methods.items():
             _band(axis, name, part["updates"], quartiles(runs, "inclusion"))
-        axis.set(title=f"Planted stack, loss {loss}", xlabel="importance updates", xscale="log", ylim=(0.2, 0.85))
+        axis.set(title=f"Planted stack, loss {loss}", xlabel="importance updates", ylim=(0.2, 0.85))
     axes[0, 0].set_ylabel("chance that a top-8 layer trains")
     axes[0, 2].plot(300, 0.4, marker="_", markersize=22, color="black")
     axes[0, 2].annotate("target", (300, 0.4), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
+    for axis in (*axes[0], axes[1, 0]):
+        axis.set_xscale("log")
+        axis.set_xticks(part["updates"], [f"{update:,}" for update in part["updates"]])
+        axis.minorticks_off()
     axis = axes[1, 0]
     for name, runs in part["losses"]["3"].items():
         _band(axis, name, part["updates"], quartiles(runs, "spearman"))
     axis.plot(300, 0.9, marker="_", markersize=22, color="black")
     axis.annotate("target", (300, 0.9), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=8)
-    axis.set(title="Planted stack, loss 3", xlabel="importance updates", xscale="log", ylabel="rank correlation with cost")
+    axis.set(title="Planted stack, loss 3", xlabel="importance updates", ylabel="rank correlation with cost")
 
 
 def _draw_model(part: dict[str, Any], left: Any, right: Any) -> None:
     updates, runs = part["updates"], part["runs"]
-
+    before = statistics.mean(level - entropy for level, entropy in part["levels"])
     for name, of_name in runs.items():
         if name not in ("all layers", "planted layers only"):
             _band(left, name, updates, quartiles(of_name, "inclusion"))
-        right.plot(updates, means(of_name, "excess"), color=COLOURS[name], marker="o", markersize=3, label=name)
-    left.set(title="Planted model", xlabel="training updates", ylabel="chance that a planted layer trains")
-    right.set(title="Planted model", xlabel="training updates", ylabel="held-out loss above the least possible", ylim=(0, None))
+        right.plot([0, *updates], [before, *means(of_name, "excess")], color=COLOURS[name], marker="o", markersize=3, label=name)
+    left.set(title="Planted model", xlabel="training updates", ylabel="chance that a planted layer trains", ylim=(0.2, None))
+    right.set(title="Planted model", xlabel="training updates", ylabel="held-out loss, above the least", ylim=(0, None))
 
 
 def _band(axis: Any, name: str, updates: Sequence[int], cells: list[list[float]]) -> None:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from intaglio import Batches, attach
 from intaglio.layer_method import LayerMethod
 
-LAYERS, PLANTED = 12, 3  # a quarter, as many as train at a time by default
+LAYERS, PLANTED = 8, 2  # a quarter, as many as train at a time by default
 VOCABULARY, LENGTH, ROWS, RANK = 64, 16, 16, 4
 TARGETS = ("o_proj", "down_proj")  # where LoRA is, and the teacher's change
 STRENGTH = 1.0  # norm of what is planted, relative to the weight's
@@ -41,6 +41,7 @@ class Problem:
         self.planted = set(torch.randperm(LAYERS)[:PLANTED].tolist())
         self._teacher = _planted(self.base, self.planted)
         self._seed, self._held_out = seed, self.batch(torch.Generator().manual_seed(10_000 + seed), 16 * ROWS)
+        self._fresh, self._batches = torch.Generator().manual_seed(30_000 + seed), list[dict[str, Tensor]]()
         target = self._held_out["target"]
         self.entropy = float(-(target * target.log()).sum(-1).mean())
         self.level = self.loss_of(self.base)
@@ -50,6 +51,12 @@ class Problem:
         ids = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
         with torch.no_grad():
             return {"input_ids": ids, "target": self._teacher(input_ids=ids).logits.softmax(-1)}
+
+    def training_batch(self, update: int) -> dict[str, Tensor]:
+        """What update number `update` trains on, from 0; the same for every method."""
+        while len(self._batches) <= update:
+            self._batches.append(self.batch(self._fresh))
+        return self._batches[update]
 
     def loss_of(self, model: nn.Module) -> float:
         """Held-out cross-entropy."""
@@ -76,7 +83,7 @@ def train(problem: Problem, method: LayerMethod | str, looks: Sequence[int], lr:
             method could know.
         looks: updates after which to look, ascending.
         lr: of AdamW.
-        seed: of the data and of LoRA's start, the same for every method.
+        seed: of LoRA's start, the same for every method.
 
     Returns:
         Lists with one item per look: `excess`, held-out loss above the teacher's entropy; `inclusion`, the chance that a
@@ -93,10 +100,9 @@ def train(problem: Problem, method: LayerMethod | str, looks: Sequence[int], lr:
         names = {f".layers.{i}." for i in (range(LAYERS) if method == "all" else problem.planted)}
         chosen = [p for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in names)]
         optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(30_000 + seed)
     found: dict[str, list[Any]] = {"excess": [], "inclusion": []}
     for update in range(1, max(looks) + 1):
-        loss(model.train(), problem.batch(generator)).backward()
+        loss(model.train(), problem.training_batch(update - 1)).backward()
         optimizer.step()
         optimizer.zero_grad()
         if update in looks:

@@ -12,6 +12,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import tiny
+from intaglio import IST, Batches, attach
 from intaglio.hf import BottleneckConfig
 from intaglio.hf.bottleneck_layer import ACTIVATIONS, BottleneckLayer
 from peft_tools import logits, refuses, same, train
@@ -242,6 +243,33 @@ def test_sft_trainer_takes_the_config(tmp_path):
     assert all(t.abs().max() > 0 for t in ups)
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     assert not torch.equal(logits(loaded), logits(bare))
+
+
+@pytest.mark.parametrize("targets", [None, ["mlp", "self_attn"]], ids=["linear", "whole"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_layers_train_in_turn_and_damping_scales_u(placement, targets):
+    """IST over bottlenecks: the probe's loss is that of a copy whose U was multiplied by β; only active layers move."""
+    base = tiny._llama(num_hidden_layers=4)
+    config = BottleneckConfig(bottleneck_size=4, placement=placement, target_modules=targets, init_weights=False, dropout=0.1)
+    model = get_peft_model(base, config).train()
+    twin, batch = copy.deepcopy(model).eval(), tiny.batch("gqa_llama", seed=5)
+    for name, parameter in twin.named_parameters():
+        if "bottleneck_up" in name and (".layers.1." in name or ".layers.3." in name):
+            parameter.data.mul_(0.3)
+    tuner = attach(model, IST(layers=1, interval=2, suppression=0.3), probe=Batches([batch]))
+    [found, untouched] = tuner.rotation.losses([[1, 3], []], batch)
+    with torch.no_grad():
+        assert found == pytest.approx(float(twin(**batch).loss), abs=1e-5)
+    assert abs(found - untouched) > 1e-3
+    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
+    for step in range(5):
+        before, active = {k: p.detach().clone() for k, p in model.named_parameters()}, tuner.rotation.active
+        model.train()(**tiny.batch("gqa_llama", seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = {int(k.split(".layers.")[1].split(".")[0]) for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+        assert moved == set(active)
+    assert tuner.rotation.probes == 2
 
 
 def test_merging_and_mixed_batches_are_refused():
