@@ -107,7 +107,7 @@ def s2ft(model: nn.Module, rank: int, *, permute: bool = False) -> Step:
     """S2FT on o and down in index form, half of the numbers in each."""
     from intaglio import attach
 
-    tuner = attach(model, _s2ft(model, rank), permute=permute)
+    tuner = attach(model, s2ft_method(model, rank), permute=permute)
     return Step(model, tuner.parameters(), tuner.watch)
 
 
@@ -120,7 +120,7 @@ def s2ft_peft(model: nn.Module, rank: int) -> Step:
     """S2FT through PEFT: get_peft_model(model, S2FTConfig(…))."""
     from intaglio.hf import S2FTConfig
 
-    method = _s2ft(model, rank)
+    method = s2ft_method(model, rank)
     return _peft(model, S2FTConfig(o=method.o, down=method.down))
 
 
@@ -208,7 +208,8 @@ def trainable(model: nn.Module, rank: int) -> int:
     return rank * sum(sum(m.weight.shape) for n, m in model.named_modules() if n.endswith(tuple(ALL_LINEAR)))
 
 
-def _s2ft(model: nn.Module, rank: int) -> Any:
+def s2ft_method(model: nn.Module, rank: int) -> Any:
+    """S2FT on o and down with as many trainable numbers as LoRA of that rank has, half of them in each."""
     from intaglio import S2FT
 
     config = model.config
