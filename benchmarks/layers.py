@@ -11,6 +11,7 @@ train is added to the peaks, where the scheme can draw it: any long run comes to
 Three measurements, each in processes of its own (--measure): "counts" of bytes kept for backward, of FLOPs and of the
 optimizer's state when idle layers keep or drop it, the same in every run; "memory", what a process or a GPU's allocator holds
 at its fullest above the loaded model, as in unmask.py; "time", of contestants that take turns over the same draws.
+What is not measured now is taken from the written file, where it has it: `--measure time --write` takes the times anew.
 The probe's batch is the training micro-batch. A GPU is used where there is one (--device).
 """
 
@@ -150,21 +151,25 @@ def _start_time(task: dict[str, Any]) -> Start:
     return {}, turn
 
 
-def cell(task: dict[str, Any], names: list[str], rounds: int, kinds: list[str]) -> dict[str, Any]:
-    """All measurements of one shape, batch and type."""
-    results: dict[str, dict[str, Any]] = {name: {"label": LABELS[name]} for name in names}
-    measured = {"task": task, "results": results}
+def cell(task: dict[str, Any], names: list[str], rounds: int, kinds: list[str], earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    """The measurements of one shape, batch and type; those of other kinds, or of other contestants, as they were earlier."""
+    same = next((c["results"] for c in earlier if _subject(c["task"]) == _subject(task)), {})
+    results = {name: {"label": LABELS[name]} | same.get(name, {}) for name in LABELS if name in same or name in names}
     for kind in kinds:
-        alone = EAGER_MALLOC if kind == "memory" else {}
         groups = [[n for n in names if n in group] for group in (PLAIN, RECOMPUTED)] if kind == "time" else [names]
         for group in filter(None, groups):
             labels = {name: LABELS[name] for name in group}
             turns = {"time": rounds, "memory": 1}.get(kind, 0)
             one_by_one = kind != "time" or task["one_by_one"]
-            found = measure(labels, task | {"measure": kind}, turns, one_by_one=one_by_one, variables=alone)
+            variables = EAGER_MALLOC if kind == "memory" else {}
+            found = measure(labels, task | {"measure": kind}, turns, one_by_one=one_by_one, variables=variables)
             for name, result in found.items():
                 results[name][kind] = result
-    return measured
+    return {"task": task, "results": results}
+
+
+def _subject(task: Mapping[str, Any]) -> list[Any]:
+    return [task[key] for key in ("shape", "length", "batch", "dtype", "rank", "draws")]
 
 
 def figure(measured: Mapping[str, Any], name: str, key: str, over: str = "peak") -> float | None:
@@ -386,27 +391,37 @@ def main() -> None:
     if arguments.draws < INTERVAL:
         parser.error(f"--draws {arguments.draws}: no probe would be counted; give at least {INTERVAL}")
     cells = GRIDS[arguments.grid] if arguments.grid else [(arguments.shape, arguments.length, arguments.batch)]
-    measured = []
+    measured, before = [], _read(arguments.write)
+    commands = before["commands"] | dict.fromkeys(arguments.measure, f"python {' '.join(sys.argv)}")
     for shape, length, batch in cells:
         task = {"shape": shape, "length": length, "batch": batch}
         task |= {key: getattr(arguments, key) for key in ("dtype", "rank", "draws", "steps", "one_by_one")}
-        measured.append(cell(task, list(arguments.only or LABELS), arguments.rounds, arguments.measure))
+        measured.append(cell(task, list(arguments.only or LABELS), arguments.rounds, arguments.measure, before["cells"]))
         print(table(measured[-1]), flush=True)
         if arguments.write:
-            _write(measured, arguments.write)  # after each cell: a long grid may be stopped
+            _write(measured, commands, arguments.write)  # after each cell: a long grid may be stopped
 
 
-def _write(measured: list[dict[str, Any]], output: Path) -> None:
+def _read(output: Path | None) -> dict[str, Any]:
+    written = None if output is None else output.with_suffix(".json")
+    return json.loads(written.read_text()) if written and written.exists() else {"commands": {}, "cells": []}
+
+
+def _write(measured: list[dict[str, Any]], commands: dict[str, str], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     task = measured[0]["task"]
+    said = {command: [kind for kind in commands if commands[kind] == command] for command in commands.values()}
+    how = "; ".join(f"`{command}` ({', '.join(kinds)})" for command, kinds in said.items())
     head = (
-        f"# Cost of training a few layers at a time\n\n`python {' '.join(sys.argv)}` on {device()}. LoRA is on all linear layers "
+        f"# Cost of training a few layers at a time\n\n{how}, on {device()}. LoRA is on all linear layers "
         f"with dropout {DROPOUT:g}; IST and RST train a quarter of the layers. Means are over a run of {task['draws']} draws; "
         "peaks are over the same run and an update in which layer 0 trains. Bytes kept for backward are storages that autograd "
         "saves, each once, without weights. Peak memory counts from the loaded model, optimizer state (\"keep\") and probes "
         "included. Seconds are means over the draws of the fastest of the turns, probes not included.\n\n"
     )  # fmt: skip
-    output.with_suffix(".json").write_text(json.dumps({"device": device(), "cells": measured}, indent=1) + "\n")
+    output.with_suffix(".json").write_text(
+        json.dumps({"device": device(), "commands": commands, "cells": measured}, indent=1) + "\n"
+    )
     output.with_suffix(".md").write_text(head + "\n".join(table(c) for c in measured))
     for c in measured:
         t = c["task"]
