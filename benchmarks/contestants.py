@@ -167,7 +167,7 @@ class Step:
         forward, backward, optimizer = (after - before for before, after in itertools.pairwise(marks))
         return {"forward": forward, "backward": backward, "optimizer": optimizer, "total": marks[-1] - marks[0]}
 
-    def bytes_kept(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+    def bytes_kept(self, batch: dict[str, torch.Tensor], *, keep_gradients: bool = False) -> dict[str, int]:
         """Bytes alive for backward beside parameters and buffers: in all, and without the head and its loss."""
         own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         kept: dict[int, int] = {}
@@ -186,7 +186,7 @@ class Step:
             loss = self.model(**batch).loss
         handle.remove()
         loss.backward()
-        if self.optimizer is not None:
+        if self.optimizer is not None and not keep_gradients:
             self.optimizer.zero_grad(set_to_none=True)
         return {"kept": sum(kept.values()), "kept_in_layers": at_head[0]}
 

@@ -8,11 +8,11 @@ train is added to the peaks, where the scheme can draw it: any long run comes to
     python benchmarks/layers.py --length 64 --batch 2 --write
     python benchmarks/layers.py --grid llama3 --dtype bfloat16 --one-by-one --write benchmarks/results/layers-gpu
 
-Three measurements, each in processes of its own (--measure): "counts" of bytes kept for backward, of FLOPs and of the
-optimizer's state when idle layers keep or drop it, the same in every run; "memory", what a process or a GPU's allocator holds
-at its fullest above the loaded model, as in unmask.py; "time", of contestants that take turns over the same draws.
-What is not measured now is taken from the written file, where it has it: `--measure time --write` takes the times anew.
-The probe's batch is the training micro-batch. A GPU is used where there is one (--device).
+Two measurements, in processes of their own (--measure). "counts": bytes kept for backward, FLOPs and optimizer state (when idle
+layers keep or drop it), the same in every run; and what the process or the GPU's allocator holds at its fullest above the
+loaded model, taken as in unmask.py. "time": seconds, of contestants that take turns over the same draws. What is not measured
+now is taken from the written file, where it has it: `--measure time --write` takes the times anew. The probe's batch is the
+training micro-batch. A GPU is used where there is one (--device).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from turns import child, device, measure
 from intaglio import IST
 
 INTERVAL = IST().interval
-KINDS = ("counts", "memory", "time")
+KINDS = ("counts", "time")
 OVERHEAD = 0.05  # what probes may take of a run
 Start = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
 def start(task: dict[str, Any]) -> Start:
     """A contestant of the kind of measurement that the task names, ready for its turns."""
-    return {"counts": _start_counts, "memory": _start_memory, "time": _start_time}[task["measure"]](task)
+    return (_start_counts if task["measure"] == "counts" else _start_time)(task)
 
 
 def _running(task: dict[str, Any], **kwargs: Any) -> tuple[Running, dict[str, torch.Tensor]]:
@@ -59,47 +59,39 @@ def _nothing() -> dict[str, Any]:
 
 def _start_counts(task: dict[str, Any]) -> Start:
     """Bytes and FLOPs of each update of a run, then of one in which layer 0 trains; optimizer state in runs of their own."""
-    state = _state(task) if task["contestant"] in PLAIN else {}
-    running, batch = _running(task)
+    _warm(task)
+    model, batch = build(task)
+    settle()
+    before = held()
+    forget_peak()
+    running = Running(task["contestant"], model, batch, task["rank"])
+    optimizer = running.step.optimizer
+    assert optimizer is not None
 
     def update() -> dict[str, Any]:
-        found = {"active": running.active} | running.step.bytes_kept(batch)
+        found: dict[str, Any] = {"active": running.active}
         with FlopCounterMode(display=False) as counter:
-            running.model(**batch).loss.backward()
-        optimizer = running.step.optimizer
-        assert optimizer is not None
+            found |= running.step.bytes_kept(batch, keep_gradients=True)
         with FlopCounterMode(display=False) as probing:  # an optimizer multiplies no matrices: what is seen here is a probe
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return found | {"flops": counter.get_total_flops(), "probe_flops": probing.get_total_flops()}
 
-    draws = [update() for _ in range(task["draws"] if running.rotation else 1)]
+    draws = [update() for _ in range(task["draws"] if running.rotation else 2)]
     deepest = update() if running.with_first_layer() else None
-    total = len(running.rotation.layers) if running.rotation else None
-    return {"trainable": running.step.trainable, "layers": total, "draws": draws, "deepest": deepest, "state": state}, _nothing
+    counted = {"trainable": running.step.trainable, "draws": draws, "deepest": deepest, "above": peak() - before}
+    resting = task["contestant"] in PLAIN and running.rotation is not None
+    return counted | {"state": _state(task) if resting else None}, _nothing
 
 
-def _start_memory(task: dict[str, Any]) -> Start:
+def _warm(task: dict[str, Any]) -> None:
+    """Run the contestant on a small model, so that libraries and their buffers are there."""
     small = {"num_hidden_layers": 2, "vocab_size": min(2000, SHAPES[task["shape"]]["vocab_size"])}
     warm, batch = _running(task | {"changed": small})
     for _ in range(2):
         warm.step.run(batch)
     del warm
     settle()
-    model, batch = build(task)
-    settle()
-    before = held()
-    forget_peak()
-
-    def turn() -> dict[str, Any]:
-        running = Running(task["contestant"], model, batch, task["rank"])
-        for _ in range(task["draws"] if running.rotation else 3):
-            running.step.run(batch)
-        if running.with_first_layer():
-            running.step.run(batch)
-        return {"above": peak() - before}
-
-    return {"loaded": before}, turn
 
 
 def _state(task: dict[str, Any]) -> dict[str, Any]:
@@ -112,8 +104,6 @@ def _state(task: dict[str, Any]) -> dict[str, Any]:
             changed={"state": policy, "interval": task["draws"] + 1},
             seen=lambda optimizer, seen=seen: seen.append(_state_bytes(optimizer)),
         )
-        if running.rotation is None:
-            return {}
         for _ in range(task["draws"]):
             running.step.run(batch)
         assert running.step.optimizer is not None
@@ -151,20 +141,23 @@ def _start_time(task: dict[str, Any]) -> Start:
     return {}, turn
 
 
-def cell(task: dict[str, Any], names: list[str], rounds: int, kinds: list[str], earlier: list[dict[str, Any]]) -> dict[str, Any]:
-    """The measurements of one shape, batch and type; those of other kinds, or of other contestants, as they were earlier."""
-    same = next((c["results"] for c in earlier if _subject(c["task"]) == _subject(task)), {})
-    results = {name: {"label": LABELS[name]} | same.get(name, {}) for name in LABELS if name in same or name in names}
+def cell(task: dict[str, Any], names: list[str], rounds: int, kinds: list[str], output: Path | None) -> dict[str, Any]:
+    """The measurements of one shape, batch and type; of others, what `output` holds."""
+    fresh: dict[str, dict[str, Any]] = {name: {} for name in names}
     for kind in kinds:
         groups = [[n for n in names if n in group] for group in (PLAIN, RECOMPUTED)] if kind == "time" else [names]
         for group in filter(None, groups):
             labels = {name: LABELS[name] for name in group}
-            turns = {"time": rounds, "memory": 1}.get(kind, 0)
-            one_by_one = kind != "time" or task["one_by_one"]
-            variables = EAGER_MALLOC if kind == "memory" else {}
+            timed = kind == "time"
+            turns, variables = (rounds, {}) if timed else (0, EAGER_MALLOC)
+            one_by_one = task["one_by_one"] or not timed
             found = measure(labels, task | {"measure": kind}, turns, one_by_one=one_by_one, variables=variables)
             for name, result in found.items():
-                results[name][kind] = result
+                fresh[name][kind] = result
+    earlier = _read(output)["cells"]  # now, so that several may write
+    same = next((c["results"] for c in earlier if _subject(c["task"]) == _subject(task)), {})
+    known = [name for name in LABELS if name in same or name in fresh]
+    results = {name: {"label": LABELS[name]} | same.get(name, {}) | fresh.get(name, {}) for name in known}
     return {"task": task, "results": results}
 
 
@@ -183,7 +176,7 @@ def figure(measured: Mapping[str, Any], name: str, key: str, over: str = "peak")
     """
     result = measured["results"].get(name, {})
     if key == "above":
-        return result.get("memory", {}).get("above")
+        return result.get("counts", {}).get("above")
     if key == "seconds":
         return result.get("time", {}).get("mean_of_least")
     counts = result.get("counts", {})
@@ -391,29 +384,28 @@ def main() -> None:
     if arguments.draws < INTERVAL:
         parser.error(f"--draws {arguments.draws}: no probe would be counted; give at least {INTERVAL}")
     cells = GRIDS[arguments.grid] if arguments.grid else [(arguments.shape, arguments.length, arguments.batch)]
-    measured, before = [], _read(arguments.write)
-    commands = before["commands"] | dict.fromkeys(arguments.measure, f"python {' '.join(sys.argv)}")
+    measured = []
     for shape, length, batch in cells:
         task = {"shape": shape, "length": length, "batch": batch}
         task |= {key: getattr(arguments, key) for key in ("dtype", "rank", "draws", "steps", "one_by_one")}
-        measured.append(cell(task, list(arguments.only or LABELS), arguments.rounds, arguments.measure, before["cells"]))
+        measured.append(cell(task, list(arguments.only or LABELS), arguments.rounds, arguments.measure, arguments.write))
         print(table(measured[-1]), flush=True)
         if arguments.write:
-            _write(measured, commands, arguments.write)  # after each cell: a long grid may be stopped
+            _write(measured, arguments.write)  # after each cell: a long grid may be stopped
 
 
 def _read(output: Path | None) -> dict[str, Any]:
     written = None if output is None else output.with_suffix(".json")
-    return json.loads(written.read_text()) if written and written.exists() else {"commands": {}, "cells": []}
+    return json.loads(written.read_text()) if written and written.exists() else {"commands": [], "cells": []}
 
 
-def _write(measured: list[dict[str, Any]], commands: dict[str, str], output: Path) -> None:
+def _write(measured: list[dict[str, Any]], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     task = measured[0]["task"]
-    said = {command: [kind for kind in commands if commands[kind] == command] for command in commands.values()}
-    how = "; ".join(f"`{command}` ({', '.join(kinds)})" for command, kinds in said.items())
+    commands = list(dict.fromkeys([*_read(output)["commands"], f"python {' '.join(sys.argv)}"]))
+    how = ", ".join(f"`{command}`" for command in commands)
     head = (
-        f"# Cost of training a few layers at a time\n\n{how}, on {device()}. LoRA is on all linear layers "
+        f"# Cost of training a few layers at a time\n\n{how} on {device()}. LoRA is on all linear layers "
         f"with dropout {DROPOUT:g}; IST and RST train a quarter of the layers. Means are over a run of {task['draws']} draws; "
         "peaks are over the same run and an update in which layer 0 trains. Bytes kept for backward are storages that autograd "
         "saves, each once, without weights. Peak memory counts from the loaded model, optimizer state (\"keep\") and probes "
