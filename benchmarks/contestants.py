@@ -107,7 +107,7 @@ def s2ft(model: nn.Module, rank: int, *, permute: bool = False) -> Step:
     """S2FT on o and down in index form, half of the numbers in each."""
     from intaglio import attach
 
-    tuner = attach(model, _s2ft(model, rank), permute=permute)
+    tuner = attach(model, s2ft_method(model, rank), permute=permute)
     return Step(model, tuner.parameters(), tuner.watch)
 
 
@@ -120,7 +120,7 @@ def s2ft_peft(model: nn.Module, rank: int) -> Step:
     """S2FT through PEFT: get_peft_model(model, S2FTConfig(…))."""
     from intaglio.hf import S2FTConfig
 
-    method = _s2ft(model, rank)
+    method = s2ft_method(model, rank)
     return _peft(model, S2FTConfig(o=method.o, down=method.down))
 
 
@@ -167,7 +167,7 @@ class Step:
         forward, backward, optimizer = (after - before for before, after in itertools.pairwise(marks))
         return {"forward": forward, "backward": backward, "optimizer": optimizer, "total": marks[-1] - marks[0]}
 
-    def bytes_kept(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+    def bytes_kept(self, batch: dict[str, torch.Tensor], *, keep_gradients: bool = False) -> dict[str, int]:
         """Bytes alive for backward beside parameters and buffers: in all, and without the head and its loss."""
         own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         kept: dict[int, int] = {}
@@ -186,7 +186,7 @@ class Step:
             loss = self.model(**batch).loss
         handle.remove()
         loss.backward()
-        if self.optimizer is not None:
+        if self.optimizer is not None and not keep_gradients:
             self.optimizer.zero_grad(set_to_none=True)
         return {"kept": sum(kept.values()), "kept_in_layers": at_head[0]}
 
@@ -208,7 +208,8 @@ def trainable(model: nn.Module, rank: int) -> int:
     return rank * sum(sum(m.weight.shape) for n, m in model.named_modules() if n.endswith(tuple(ALL_LINEAR)))
 
 
-def _s2ft(model: nn.Module, rank: int) -> Any:
+def s2ft_method(model: nn.Module, rank: int) -> Any:
+    """S2FT on o and down with as many trainable numbers as LoRA of that rank has, half of them in each."""
     from intaglio import S2FT
 
     config = model.config

@@ -22,9 +22,6 @@ The authors' package is optional: `make selective-parity` installs it, or
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import importlib.util
 import json
 import sys
@@ -34,6 +31,7 @@ from typing import Any
 
 import torch
 from contestants import SHAPES, build, size, trainable
+from held import EAGER_MALLOC, forget_peak, held, peak, settle
 from step import GRIDS as STEP_GRIDS
 from turns import child, device, measure
 from unmaskers import CONTESTANTS, EPS, EXPONENT, SOON, Running
@@ -41,9 +39,6 @@ from unmaskers import CONTESTANTS, EPS, EXPONENT, SOON, Running
 SMALL = [("llama-73m", 16, 1), ("smollm2-135m", 16, 1), ("smollm2-135m", 128, 4)]  # shape, tokens per row, rows
 GRIDS = {"small": SMALL} | STEP_GRIDS
 MEMORY_STEPS, MEMORY_TOTAL = 3, 20  # optimizer state exists from the first step on; unmasking is run to its end
-
-# The allocator of glibc: tensors are mapped one by one and unmapped when freed, so that the resident size is what is alive.
-EAGER_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 
 
 def start(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
@@ -69,19 +64,19 @@ def _start_memory(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], di
     task = task | {"total": MEMORY_TOTAL} if unmasking else task
     layer = {"num_hidden_layers": 1, "vocab_size": min(2000, SHAPES[task["shape"]]["vocab_size"])}
     _steps(*_running(task | {"changed": layer, "budget": 1000}), count=2)
-    _settle()
+    settle()
     model, batch = build(task)
-    _settle()
-    held = _held()
-    _forget_peak()
+    settle()
+    before = held()
+    forget_peak()
 
     def turn() -> dict[str, Any]:
         running = CONTESTANTS[task["contestant"]][1](model, task["budget"], task["total"])
         _steps(running, batch, count=MEMORY_TOTAL + 1 if unmasking else MEMORY_STEPS)
-        return {"above": _peak() - held, "entries": running.entries()}
+        return {"above": peak() - before, "entries": running.entries()}
 
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return {"loaded": held, "weights": weights, "parameters": size(model)}, turn
+    return {"loaded": before, "weights": weights, "parameters": size(model)}, turn
 
 
 def _running(task: dict[str, Any]) -> tuple[Running, dict[str, torch.Tensor]]:
@@ -92,38 +87,6 @@ def _running(task: dict[str, Any]) -> tuple[Running, dict[str, torch.Tensor]]:
 def _steps(running: Running, batch: dict[str, torch.Tensor], *, count: int) -> None:
     for _ in range(count):
         running.step.run(batch)
-
-
-def _settle() -> None:
-    """Give back whatever is free."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _held() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
-
-
-def _forget_peak() -> None:
-    """Start the high-water mark anew; where that is not allowed, what came before counts if it was more."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    """Bytes of this process, as Linux counts them."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise SystemExit("memory is measured on Linux or on a GPU; give --measure time")
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
 
 
 def cell(task: dict[str, Any], names: list[str], rounds: int, kinds: list[str], *, one_by_one: bool) -> dict[str, Any]:
