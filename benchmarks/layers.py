@@ -77,9 +77,16 @@ def _start_counts(task: dict[str, Any]) -> Start:
         optimizer.zero_grad(set_to_none=True)
         return found | {"flops": counter.get_total_flops(), "probe_flops": probing.get_total_flops()}
 
-    draws = [update() for _ in range(task["draws"] if running.rotation else 2)]
+    count = task["draws"] if running.rotation else 2
+    for _ in range(count):
+        running.step.run(batch)
+    if running.with_first_layer():
+        running.step.run(batch)
+    above = peak() - before  # before FLOPs are counted: the counter keeps what checkpointing would free
+    running.restart()
+    draws = [update() for _ in range(count)]
     deepest = update() if running.with_first_layer() else None
-    counted = {"trainable": running.step.trainable, "draws": draws, "deepest": deepest, "above": peak() - before}
+    counted = {"trainable": running.step.trainable, "draws": draws, "deepest": deepest, "above": above}
     resting = task["contestant"] in PLAIN and running.rotation is not None
     return counted | {"state": _state(task) if resting else None}, _nothing
 
