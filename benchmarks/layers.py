@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -77,9 +78,16 @@ def _start_counts(task: dict[str, Any]) -> Start:
         optimizer.zero_grad(set_to_none=True)
         return found | {"flops": counter.get_total_flops(), "probe_flops": probing.get_total_flops()}
 
-    draws = [update() for _ in range(task["draws"] if running.rotation else 2)]
+    count = task["draws"] if running.rotation else 2
+    for _ in range(count):
+        running.step.run(batch)
+    if running.with_first_layer():
+        running.step.run(batch)
+    above = peak() - before  # before FLOPs are counted: the counter keeps what checkpointing would free
+    running.restart()
+    draws = [update() for _ in range(count)]
     deepest = update() if running.with_first_layer() else None
-    counted = {"trainable": running.step.trainable, "draws": draws, "deepest": deepest, "above": peak() - before}
+    counted = {"trainable": running.step.trainable, "draws": draws, "deepest": deepest, "above": above}
     resting = task["contestant"] in PLAIN and running.rotation is not None
     return counted | {"state": _state(task) if resting else None}, _nothing
 
@@ -241,7 +249,11 @@ def table(measured: Mapping[str, Any]) -> str:
     plain, again = ([name for name in measured["results"] if name in group] for group in (PLAIN, RECOMPUTED))
     lines = [f"### {title(measured['task'])}\n", *_costs(measured, plain, ["lora"])]
     if again:
-        lines += ["", "With gradient checkpointing (not reentrant):\n", *_costs(measured, again, [RECOMPUTED[0], "lora"])]
+        lines += [
+            "",
+            "With gradient checkpointing (not reentrant); what it recomputes in the backward pass is in the peak memory only:\n",
+            *_costs(measured, again, [RECOMPUTED[0], "lora"]),
+        ]
     probing = [name for name in measured["results"] if probe_and_step(measured, name, "flops")]
     if probing:
         lines += [
@@ -402,10 +414,10 @@ def _read(output: Path | None) -> dict[str, Any]:
 def _write(measured: list[dict[str, Any]], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     task = measured[0]["task"]
-    commands = list(dict.fromkeys([*_read(output)["commands"], f"python {' '.join(sys.argv)}"]))
-    how = ", ".join(f"`{command}`" for command in commands)
+    commands = list(dict.fromkeys([*_read(output)["commands"], f"python {shlex.join(sys.argv)}"]))
+    how = "".join(f"    {command}\n" for command in commands)
     head = (
-        f"# Cost of training a few layers at a time\n\n{how} on {device()}. LoRA is on all linear layers "
+        f"# Cost of training a few layers at a time\n\n{how}\nOn {device()}. LoRA is on all linear layers "
         f"with dropout {DROPOUT:g}; IST and RST train a quarter of the layers. Means are over a run of {task['draws']} draws; "
         "peaks are over the same run and an update in which layer 0 trains. Bytes kept for backward are storages that autograd "
         "saves, each once, without weights. Peak memory counts from the loaded model, optimizer state (\"keep\") and probes "
