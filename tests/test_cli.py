@@ -126,7 +126,12 @@ RESUMED = {
     ],
     "id3-lora": ["method={name: id3, budget: 0.3}", "attach={lora: {r: 4}, bias_correction: per_entry}"],
     "lora-ist": ["method={name: lora, r: 4}", "schedule={name: ist, layers: 1, suppressed: 1, interval: 2}"],
-    "s2ft-ist": ["method={name: s2ft, o: 0.5, down: 0.25}", "schedule={name: ist, layers: 1, suppressed: 1, interval: 2}"],
+    "s2ft-ist": [
+        "method={name: s2ft, o: 0.5, down: 0.25}",
+        "schedule={name: ist, layers: 1, suppressed: 1, interval: 2}",
+        "train.eval_strategy=steps",
+        "train.eval_steps=5",
+    ],
     "id3-lora-ist": [
         "method={name: id3, budget: 0.3}",
         "attach={lora: {r: 4}}",

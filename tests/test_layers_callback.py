@@ -5,8 +5,9 @@ import torch
 import transformers as tf
 
 import tiny
-from intaglio import IST, LISA, RST, S2FT
+from intaglio import IST, LISA, RST, S2FT, Batches, attach
 from intaglio.hf import ISTCallback
+from intaglio.hf.trainer import SparseMixin
 from layer_tools import NAME, adapted, probe
 
 
@@ -94,6 +95,36 @@ def test_rst_needs_no_data_and_draws_as_ist_without_scores(tmp_path):
     for callback in (one, two):
         trainer(tmp_path, callback, max_steps=4).train()
     assert one.rotation.history["draws"] == two.rotation.history["draws"]
+
+
+def test_the_trainers_loss_measures_unless_the_probe_has_its_own(tmp_path):
+    """And a loss that divides by the number of items is told how many there are."""
+    counts, calls = [], []
+
+    def per_item(outputs, labels, num_items_in_batch):
+        counts.append(int(num_items_in_batch))
+        logits = outputs["logits"][:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    def own(model, batch):
+        calls.append(1)
+        return model(**batch).loss
+
+    class SparseHFTrainer(SparseMixin, tf.Trainer):
+        pass
+
+    for data in (probe(), Batches(probe().data, own)):
+        before = len(counts)
+        tuner = attach(adapted(), IST(layers=2, interval=2), probe=data)
+        batch = tiny.batch(NAME, rows=8)
+        rows = [{key: tensor[i] for key, tensor in batch.items()} for i in range(8)]
+        args = tf.TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", save_strategy="no"
+        )
+        SparseHFTrainer(tuner, args=args, train_dataset=rows, compute_loss_func=per_item).train()
+        assert tuner.rotation.probes == 1
+        assert len(counts) - before == (5 if data.loss_fn is not own else 2)
+        assert len(calls) == (0 if data.loss_fn is not own else 3)
 
 
 def test_mistakes_are_named(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batches", "Probe", "batch_on", "chunks", "label_count"]
+__all__ = ["Batches", "Probe", "batch_on", "chunks", "has_own_loss", "label_count"]
 
 _IGNORED = -100  # the label that transformers' losses skip
 
@@ -62,6 +62,11 @@ class Batches:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return self.loss_fn(model, batch)
+
+
+def has_own_loss(probe: Probe) -> bool:
+    """Whether a probe was given a loss, rather than taking the model's."""
+    return not isinstance(probe, Batches) or probe.loss_fn is not _own_loss
 
 
 def batch_on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from . import adapters
 from .calibration import quiet
 from .layer_method import LayerMethod
 from .parts import Part
-from .probe import Probe, batch_on, chunks
+from .probe import Probe, batch_on, chunks, has_own_loss
 from .resting import Resting
 from .scores import stable_seed
 from .stacks import stacks
@@ -87,8 +87,9 @@ class Rotation:
         optimizer.register_step_pre_hook(lambda *_: self.apply())
 
     def measure_by(self, loss: Callable[[nn.Module, Mapping[str, Any]], Tensor]) -> None:
-        """Take another loss of the probe's batches than its own: a trainer's, which it trains on."""
-        self._loss = loss
+        """Take a trainer's loss of the probe's batches, which it trains on, unless the probe was given one."""
+        if self._probe is not None and not has_own_loss(self._probe):
+            self._loss = loss
 
     def apply(self) -> None:
         """Let the drawn layers train, and no others; done by the first training forward after a draw."""

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .config import UPDATES, AttachBlock, Config, load_config, sft_config
 from .peft_methods import PEFT_METHODS, peft_config
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .data import Examples
+    from .layer_method import LayerMethod
     from .selection import Selection
 
 __all__ = ["Run", "train"]
@@ -169,11 +170,11 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     looks_first = chosen.chooser.phase == "start" and chosen.chooser.needs_probe
     if looks_first and checkpoint is not None:
         selection = Delta.load(checkpoint).selection  # looking at data again could tip a tie
-    if chosen.needs_probe and (checkpoint is None or chosen.phase == "layer"):
+    learns = chosen.phase == "layer" and cast("LayerMethod", chosen).learns
+    if learns or (looks_first and checkpoint is None):
         rows = run.examples.sample(run.config.data.calibration)
-        size = None if looks_first or chosen.phase != "layer" else probe_rows(run.arguments)
-        batches = calibration_batches(run.model, rows, size, **common)
-        probe = Batches(tqdm(batches, desc="calibrate", leave=False) if looks_first else batches)
+        batches = calibration_batches(run.model, rows, probe_rows(run.arguments) if learns else None, **common)
+        probe = Batches(batches if learns else tqdm(batches, desc="calibrate", leave=False))
     options = {"exclude": run.exclude, "permute": run.config.attach.permute, "selection": selection}
     if chosen.chooser.phase == "update":
         options["updates"] = run.config.attach.updates(run.arguments.gradient_accumulation_steps)

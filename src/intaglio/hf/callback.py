@@ -31,9 +31,10 @@ class ISTCallback(TrainerCallback, ExportableState):
     checkpoint's `trainer_state.json`, and is read from there, whatever `restore_callback_states_from_checkpoint` says.
 
     Args:
-        method: `IST(...)`, `RST(...)` or `LISA(...)` without `of`; default `IST()`.
+        method: `IST(...)`, `RST(...)` or `LISA(of=None)`; default `IST()`.
         probe: batches that importance is learned from, and their loss; default up to 64 shuffled batches of the training
-            set, of a quarter of an update's rows (so that probes cost less than 4 % of a run), with the model's own loss.
+            set, of a quarter of an update's rows (so that probes cost less than 4 % of a run), with the model's own loss. A
+            Trainer whose loss reads columns of its own (DPO), or an iterable data set, needs a probe of yours.
 
     Attributes:
         rotation: importance, draws and visits, once training has begun.

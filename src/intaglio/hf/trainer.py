@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .. import adapters
+from ..probe import label_count
 from ..updates import refuse_kind
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class SparseMixin(_Marked):
         if self.args.world_size > 1 and gathered:
             raise ValueError(f"{gathered[0]}: gradients of scattered entries are not reduced over processes; use one process")
         if tuner.rotation is not None:
-            tuner.rotation.measure_by(self._probe_loss)
+            tuner.rotation.measure_by(self._probe_loss)  # unless the probe has a loss of its own
         if tuner.unmasking is not None:
             _check_updates(tuner.unmasking.updates, self.args)
             self.add_callback(_Length(tuner.unmasking))
@@ -113,10 +114,10 @@ class SparseMixin(_Marked):
 
     def _probe_loss(self: Any, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The trainer's own loss, without a trace in its metrics."""
-        metrics = copy.deepcopy(getattr(self, "_metrics", None))
-        loss = self.compute_loss(model, dict(batch))
-        if metrics is not None:
-            self._metrics = metrics
+        kept = {key: copy.deepcopy(vars(self)[key]) for key in ("_metrics", "_stored_metrics") if key in vars(self)}
+        count = torch.tensor(label_count(model, batch)) if self.compute_loss_func is not None else None
+        loss = self.compute_loss(model, dict(batch), num_items_in_batch=count)
+        vars(self).update(kept)
         return loss
 
     def _clip_grad_norm(self: Any, model: nn.Module) -> Tensor:
@@ -241,6 +242,7 @@ def calibration_batches(
     arguments = copy.deepcopy(kwargs["args"])
     # Every row, and each a row of its own: gradients are taken example by example.
     arguments.dataloader_drop_last = arguments.packing = arguments.padding_free = False
+    arguments.eval_strategy, arguments.do_eval, arguments.load_best_model_at_end = "no", False, False
     arguments.per_device_train_batch_size = size or arguments.per_device_train_batch_size
     replaced = {"args": arguments, "train_dataset": Dataset.from_list(rows), "eval_dataset": None}
     trainer = SFTTrainer(model, **(kwargs | replaced))  # type: ignore[arg-type]  # a PreTrainedModel
