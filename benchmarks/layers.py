@@ -5,14 +5,14 @@ update needs (the peak), and costs what its updates cost on average (the mean). 
 train is added to the peaks, where the scheme can draw it: any long run comes to it.
 
     python benchmarks/layers.py                                             # SmolLM2-135M's shape, 4 × 128 tokens
-    python benchmarks/layers.py --length 64 --batch 2 --write
+    python benchmarks/layers.py --length 64 --write
     python benchmarks/layers.py --grid llama3 --dtype bfloat16 --one-by-one --write benchmarks/results/layers-gpu
 
 Two measurements, in processes of their own (--measure). "counts": bytes kept for backward, FLOPs and optimizer state (when idle
 layers keep or drop it), the same in every run; and what the process or the GPU's allocator holds at its fullest above the
 loaded model, taken as in unmask.py. "time": seconds, of contestants that take turns over the same draws. What is not measured
-now is taken from the written file, where it has it: `--measure time --write` takes the times anew. The probe's batch is the
-training micro-batch. A GPU is used where there is one (--device).
+now is taken from the written file, where it has it: `--measure time --write` takes the times anew. Probes are made of a quarter
+of an update's rows, as `ISTCallback` and run files make them. A GPU is used where there is one (--device).
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def table(measured: Mapping[str, Any]) -> str:
     if probing:
         lines += [
             "",
-            f"Probes, {IST().candidates} candidates on the training micro-batch, as a share of the run:\n",
+            f"Probes, {IST().candidates} candidates on a quarter of an update's rows, as a share of the run:\n",
             f"| | one probe, in updates: FLOPs | seconds | share at interval {INTERVAL}: FLOPs | seconds | "
             f"interval for {OVERHEAD:.0%}: FLOPs | seconds |",
             "|---" + "|---:" * 6 + "|",

@@ -57,7 +57,7 @@ class Running:
     Args:
         name: of `LABELS`.
         model: the bare model.
-        batch: what it trains on; probes are made of it too.
+        batch: what it trains on; probes are made of a quarter of its rows, as `ISTCallback` and run files make them.
         rank: LoRA's.
         changed: other fields of the method, for those that let layers rest.
         seen: called with the optimizer after each of its steps, before layers are drawn anew.
@@ -88,7 +88,9 @@ class Running:
         if method is None:
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         else:
-            self.tuner = attach(model, method, probe=Batches([batch]))
+            rows = max(1, len(batch["input_ids"]) // 4)
+            probe = Batches([{key: tensor[:rows] for key, tensor in batch.items()}])
+            self.tuner = attach(model, method, probe=probe)
             parameters = self.tuner.parameters()
         self._seen = seen
         self.step = Step(model, parameters, self._watch)

@@ -23,6 +23,14 @@ def trainer(folder, callback, model=None, **settings):
     return tf.Trainer(model=adapted() if model is None else model, args=args, train_dataset=rows, callbacks=callbacks)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 def trained(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
@@ -83,6 +91,67 @@ def test_resume_is_exact(tmp_path, restore):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_resume_is_exact_with_trained_norms(tmp_path):
+    """They are damped toward where they started, which no checkpoint holds: it is seen before one is loaded."""
+
+    def build():
+        return adapted(modules_to_save=["input_layernorm"])
+
+    def state(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    first = ISTCallback(IST(layers=2, interval=2))
+    run = trainer(tmp_path, first, build(), save_strategy="steps", save_steps=5)
+    run.train()
+    second = ISTCallback(IST(layers=2, interval=2))
+    again = trainer(tmp_path, second, build())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert second.rotation.state() == first.rotation.state()
+    one, two = state(run.model), state(again.model)
+    assert any("layernorm" in name for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    late = trainer(tmp_path, None, build())
+    late.add_callback(ISTCallback(IST(layers=2, interval=2)))
+    with pytest.raises(ValueError, match=r"make the Trainer with callbacks=\[ISTCallback"):
+        late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_layers_take_turns_once(tmp_path):
+    """Two methods on one model, or a second run over what an interrupted one left idle, would see too few layers."""
+    model = adapted()
+    both = trainer(tmp_path, ISTCallback(RST(layers=2)), model)
+    both.add_callback(ISTCallback(RST(layers=3)))
+    with pytest.raises(ValueError, match="take turns already"):
+        both.train()
+
+    class Interrupt(tf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    first = ISTCallback(RST(layers=2))
+    run = trainer(tmp_path, first, adapted())
+    run.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    with pytest.raises(ValueError, match=r"call release\(\) of its rotation first"):
+        trainer(tmp_path, ISTCallback(RST(layers=2)), run.model).train()
+    first.rotation.release()
+    again = ISTCallback(RST(layers=2))
+    trainer(tmp_path, again, run.model).train()
+    assert len(again.rotation.layers) == 8
+
+
+def test_a_collator_that_draws_changes_nothing_else(tmp_path):
+    results = []
+    for callback in (None, ISTCallback(IST(layers=1.0, interval=2))):
+        run = trainer(tmp_path, callback)
+        collate = run.data_collator
+        run.data_collator = lambda rows, collate=collate: (torch.rand(3), collate(rows))[1]
+        run.train()
+        results.append(trained(run.model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 def test_resume_under_another_method_is_refused(tmp_path):
     trainer(tmp_path, ISTCallback(IST(layers=2)), max_steps=2, save_strategy="steps", save_steps=1).train()
     again = trainer(tmp_path, ISTCallback(IST(layers=3)), max_steps=2)
@@ -132,5 +201,13 @@ def test_mistakes_are_named(tmp_path):
         ISTCallback(IST(of=S2FT()))
     with pytest.raises(ValueError, match=r"LISA\(of=…\)"):
         ISTCallback(LISA())
+    run = trainer(tmp_path, ISTCallback(), remove_unused_columns=False)
+    run.train_dataset = [{"chosen": row["input_ids"], "rejected": row["input_ids"]} for row in run.train_dataset]
+    with pytest.raises(ValueError, match="batches hold chosen, rejected, of which the model makes no loss"):
+        run.train()
+    run = trainer(tmp_path, ISTCallback())
+    run.train_dataset = Stream(run.train_dataset)
+    with pytest.raises(ValueError, match="an iterable training set"):
+        run.train()
     with pytest.raises(ValueError, match="8 layers"):
         trainer(tmp_path, ISTCallback(IST(layers=9))).train()

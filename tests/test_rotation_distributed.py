@@ -105,3 +105,28 @@ def test_ddp_that_expects_every_gradient_stops(tmp_path):
     (error, layers), (_, others) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert "find_unused_parameters=True" in error
     assert layers == others
+
+
+def uneven(rank, port, folder):
+    """One process trains on fewer rows than the other, which splits a probe into more pieces."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, pieces = adapted(), []
+
+    def loss(model, batch):
+        pieces.append(len(batch["input_ids"]))
+        return model(**batch).loss
+
+    tuner = attach(model, IST(layers=2, interval=1), probe=Batches([tiny.batch(NAME, rows=4)], loss))
+    run, optimizer = DistributedDataParallel(model, find_unused_parameters=True), tuner.optimizer(torch.optim.SGD, lr=0.1)
+    run(**tiny.batch(NAME, rows=1 + 3 * rank)).loss.backward()
+    optimizer.step()
+    (folder / f"{rank}.json").write_text(json.dumps(pieces))
+    dist.destroy_process_group()
+
+
+def test_a_probe_has_as_many_pieces_in_every_process(tmp_path):
+    """A trainer's loss may gather over processes, and would wait for ever for one that has fewer."""
+    mp.spawn(uneven, args=(free_port(), tmp_path), nprocs=2)
+    few, many = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert few == many
+    assert set(few) == {4}

@@ -22,7 +22,7 @@ class Part:
     Attributes:
         parameter: what the optimizer sees.
         activate: lets gradients reach it, or none.
-        keep_start: remembers the present values of the weight.
+        keep_start: remembers the present values of the weight, the first time it is called.
         damp: writes start + factor · (tuned − start) into the weight and returns what writes the exact values back.
     """
 
@@ -55,7 +55,8 @@ class _Bare:
             self.parameter.grad = None
 
     def keep_start(self) -> None:
-        self._start = self.parameter.detach().clone()
+        if self._start is None:
+            self._start = self.parameter.detach().clone()
 
     @torch.no_grad()
     def damp(self, factor: float) -> Callable[[], None]:

@@ -26,7 +26,7 @@ from .resting import Resting
 from .scores import stable_seed
 from .stacks import stacks
 
-__all__ = ["Rotation"]
+__all__ = ["Rotation", "keep_starts"]
 
 _DTYPE = torch.float64
 
@@ -54,13 +54,18 @@ class Rotation:
 
     Raises:
         ValueError: where the model has no layers, fewer than asked, a prompt for an adapter, weights that are spread over
-            processes, or a probe is needed and there is none.
+            processes, layers that take turns already, or a probe is needed and there is none.
     """
 
     def __init__(self, model: nn.Module, method: LayerMethod, parts: Mapping[str, Part], probe: Probe | None = None) -> None:
         kind = type(method).__name__
         adapters.refuse_prompts(model, kind)
         adapters.refuse_sharded(model, f"{kind} lets layers rest by themselves")
+        if any(isinstance(getattr(hook, "__self__", None), Rotation) for hook in model._forward_pre_hooks.values()):
+            raise ValueError(
+                f"{kind}: the layers of this model take turns already; give one method only, and after a run that broke off "
+                "call release() of its rotation first, or load the model anew"
+            )
         if method.learns and probe is None:
             raise ValueError(f"{kind}: learns from data: give a probe, e.g. probe=Batches([batch, ...]), or use RST")
         self.layers = stacks(model, parts)
@@ -133,7 +138,9 @@ class Rotation:
         """The probe's loss of a batch with each set of layers damped; the model is left as it was, to the bit."""
         assert self._loss is not None
         device = next(self.model.parameters()).device
-        pieces = list(chunks(self.model, batch_on(batch, device), self._resting.largest))
+        # As many pieces in every process: a trainer's loss may gather over them.
+        largest = _greatest(self._resting.largest, device)
+        pieces = list(chunks(self.model, batch_on(batch, device), largest))
         found = []
         with quiet(self.model), torch.no_grad(), self._resting.autocast():
             for places in sets:
@@ -253,6 +260,14 @@ class Rotation:
             self._resting.look(inputs, kwargs)
 
 
+def keep_starts(model: nn.Module, parts: Mapping[str, Part]) -> bool:
+    """Remember where weights start that damping leads back to: those of layers that are in no adapter.
+
+    For who loads a checkpoint between this and `Rotation`, with the same parts. Returns whether there are any.
+    """
+    return any(weights for _, weights in _damping(model, stacks(model, parts).groups, parts, True))
+
+
 _Damped = tuple[list[tuple[nn.Module, set[str]]], list[Part]]
 
 
@@ -284,6 +299,15 @@ def _agreed(sets: list[list[int]], total: int, device: torch.device) -> list[lis
     rows = rows.to(device)
     torch.distributed.broadcast(rows, 0)
     return [row.nonzero().flatten().tolist() for row in rows.cpu()]
+
+
+def _greatest(number: int, device: torch.device) -> int:
+    """The greatest of the processes' numbers."""
+    if not _distributed():
+        return number
+    shared = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return int(shared)
 
 
 def _averaged(losses: list[float], device: torch.device) -> list[float]:

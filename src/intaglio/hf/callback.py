@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any, cast, final
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.utils import find_labels
 
+from ..adapters import is_peft
 from ..layer_method import LayerMethod
 from ..methods import IST, build
-from ..parts import bare_parts
+from ..parts import Part, bare_parts
 from ..probe import Batches, Probe
-from ..rotation import Rotation
+from ..rotation import Rotation, keep_starts
 from .trainer import expect_unused_parameters, probe_rows
 
 __all__ = ["ISTCallback"]
@@ -41,7 +43,8 @@ class ISTCallback(TrainerCallback, ExportableState):
         saved: set by a Trainer that restores callbacks itself (it makes a new one, which has the default probe).
 
     Raises:
-        ValueError: for `of` (use `attach`), and as training begins, as `Rotation` does, or under FSDP and DeepSpeed.
+        ValueError: for `of` (use `attach`), and as training begins, as `Rotation` does, under FSDP, DeepSpeed and
+            nn.DataParallel, and where the training set's batches give the model no loss.
 
     Example:
         >>> callback = ISTCallback(IST(layers=0.25))
@@ -52,16 +55,24 @@ class ISTCallback(TrainerCallback, ExportableState):
     def __init__(self, method: LayerMethod | None = None, probe: Probe | None = None) -> None:
         self.method, self.probe = IST() if method is None else method, probe
         if self.method.of is not None:
-            raise ValueError(f"ISTCallback: {type(self.method).__name__}(of=…) needs attach(model, method) and SparseTrainer")
+            kind = type(self.method).__name__
+            raise ValueError(
+                f"ISTCallback: {kind}(of=…) needs attach(model, method) and SparseTrainer; of=None trains the model's adapter"
+            )
         self.rotation: Rotation | None = None
         self.saved: dict[str, Any] | None = None
+        self._parts: dict[str, Part] = {}
         self._step = 0
         self._handle: Any = None
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _check_processes(args)
+        if self.method.learns:  # a checkpoint may be loaded before training begins
+            self._parts = bare_parts(kwargs["model"])
+            keep_starts(kwargs["model"], self._parts)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.deepspeed or args.fsdp:
-            raise ValueError("ISTCallback: DeepSpeed and FSDP shard what has to rest; use one process or DDP")
-        expect_unused_parameters(args)
+        _check_processes(args)
         self._finish()
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("saved") or {}
         if self.saved is not None:  # the Trainer made this callback, in place of the user's
@@ -69,11 +80,12 @@ class ISTCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         probe = self.probe
         if probe is None and self.method.learns:
-            probe = Batches(_sample(kwargs["train_dataloader"], probe_rows(args), self.method.seed))
-        self.rotation, self._step = Rotation(model, self.method, bare_parts(model), probe), state.global_step
+            probe = Batches(_sample(model, kwargs["train_dataloader"], probe_rows(args), self.method.seed))
+        self.rotation, self._step = Rotation(model, self.method, self._parts_of(model, state.global_step), probe), 0
         if state.global_step:
             self.rotation.check(saved.get("method", {}), saved.get("rotation"))
             self.rotation.load(saved["rotation"])
+            self._step = saved["step"]
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self.rotation.watch(inner)
         self._handle = inner.register_step_post_hook(self._after_step)
@@ -90,7 +102,21 @@ class ISTCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` holds: JSON values."""
         rotation = None if self.rotation is None else self.rotation.state()
-        return {"args": {}, "attributes": {"saved": {"method": self.method.to_dict(), "rotation": rotation}}}
+        saved = {"method": self.method.to_dict(), "rotation": rotation, "step": self._step}
+        return {"args": {}, "attributes": {"saved": saved}}
+
+    def _parts_of(self, model: Any, updates: int) -> dict[str, Part]:
+        """What is trained, with the starts that were seen before a checkpoint was loaded."""
+        parts = bare_parts(model)
+        if {id(part.parameter) for part in parts.values()} == {id(part.parameter) for part in self._parts.values()}:
+            return self._parts
+        if updates and self.method.learns and keep_starts(model, parts):
+            raise ValueError(
+                "ISTCallback: weights outside the adapters are trained too (modules_to_save, biases), and where they started "
+                "is not in the checkpoint: make the Trainer with callbacks=[ISTCallback(…)] to resume, without "
+                "restore_callback_states_from_checkpoint"
+            )
+        return parts
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         assert self.rotation is not None
@@ -104,10 +130,30 @@ class ISTCallback(TrainerCallback, ExportableState):
             self._handle = None
 
 
-def _sample(dataloader: Any, size: int, seed: int) -> list[Mapping[str, Any]]:
-    """Shuffled batches of the training set, the same for a seed, without a draw from the global generator."""
+def _check_processes(args: Any) -> None:
+    if args.deepspeed or args.fsdp:
+        raise ValueError("ISTCallback: DeepSpeed and FSDP shard what has to rest; use one process or DDP")
+    if args.n_gpu > 1:
+        raise ValueError("ISTCallback: one process drives several GPUs (nn.DataParallel): set CUDA_VISIBLE_DEVICES to one")
+    expect_unused_parameters(args)
+
+
+def _sample(model: Any, dataloader: Any, size: int, seed: int) -> list[Mapping[str, Any]]:
+    """Shuffled batches of the training set, the same for a seed; the global generator is left as it was."""
+    advice = "give ISTCallback(…, probe=Batches(data, loss_fn)), or use RST, which needs none"
+    if isinstance(dataloader.dataset, IterableDataset):
+        raise ValueError(f"ISTCallback: an iterable training set cannot be drawn from twice; {advice}")
     generator = torch.Generator().manual_seed(seed)
     own: DataLoader[Any] = DataLoader(
         dataloader.dataset, batch_size=size, shuffle=True, collate_fn=dataloader.collate_fn, generator=generator
     )
-    return [dict(batch) for batch, _ in zip(own, range(_PROBE_BATCHES), strict=False)]
+    with torch.random.fork_rng([]):  # a collator may draw
+        torch.default_generator.manual_seed(seed)
+        batches = [dict(batch) for batch, _ in zip(own, range(_PROBE_BATCHES), strict=False)]
+    labels = find_labels(type(model.get_base_model() if is_peft(model) else model))
+    if labels and batches and not any(label in batches[0] for label in labels):
+        raise ValueError(
+            f"ISTCallback: the training set's batches hold {', '.join(sorted(batches[0]))}, of which the model makes no loss; "
+            f"{advice}"
+        )
+    return batches
