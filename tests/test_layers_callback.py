@@ -121,7 +121,7 @@ def test_layers_take_turns_once(tmp_path):
     model = adapted()
     both = trainer(tmp_path, ISTCallback(RST(layers=2)), model)
     both.add_callback(ISTCallback(RST(layers=3)))
-    with pytest.raises(ValueError, match="take turns already"):
+    with pytest.raises(ValueError, match="this Trainer has 2 of them"):
         both.train()
 
     class Interrupt(tf.TrainerCallback):

@@ -74,7 +74,10 @@ class ISTCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _check_processes(args)
         self._finish()
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("saved") or {}
+        held = state.stateful_callbacks.get(type(self).__name__, {})
+        if isinstance(held, list):
+            raise ValueError(f"ISTCallback: this Trainer has {len(held)} of them; layers can take turns in one way only")
+        saved = held.get("attributes", {}).get("saved") or {}
         if self.saved is not None:  # the Trainer made this callback, in place of the user's
             self.method = cast(LayerMethod, build(saved["method"]))
         model, optimizer = kwargs["model"], kwargs["optimizer"]
