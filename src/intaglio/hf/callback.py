@@ -35,7 +35,7 @@ class ISTCallback(TrainerCallback, ExportableState):
     Args:
         method: `IST(...)`, `RST(...)` or `LISA(of=None)`; default `IST()`.
         probe: batches that importance is learned from, and their loss; default up to 64 shuffled batches of the training
-            set, of a quarter of an update's rows (so that probes cost less than 4 % of a run), with the model's own loss. A
+            set, of a quarter of an update's rows (so that probes are 4 % of the arithmetic), with the model's own loss. A
             Trainer whose loss reads columns of its own (DPO), or an iterable data set, needs a probe of yours.
 
     Attributes:

@@ -224,7 +224,7 @@ def optimizer_cls_and_kwargs(
 
 
 def probe_rows(args: Any) -> int:
-    """Rows of a probe's batch that cost a quarter of an update: 3 forward passes per 10 updates add less than 4 %."""
+    """Rows of a probe's batch that cost a quarter of an update: 3 forward passes per 10 updates are 4 % of the arithmetic."""
     return max(1, args.per_device_train_batch_size * args.gradient_accumulation_steps // 4)
 
 
