@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, final
 
-from torch import Tensor, nn
+from torch import nn
 
-from .adapter_folder import WEIGHTS, read_config
 from .delta import Delta, refuse_tuner
 from .fusing import Part, check_weights, combine, warn_of_overlap
-from .overlay import Overlay, Piece, Place
+from .overlay import Overlay, Piece
 from .permute import Layout
-from .selection import Elements, Entries, Selection, Slices
+from .selection import Selection
+from .shelf import Shelf, open_source
 
 __all__ = ["AdapterPool"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-
-
-@dataclass
-class _Adapter:
-    """A loaded adapter.
-
-    Attributes:
-        folder: where its values can be read again; None for one that was given as a Delta, which stays in memory.
-        stamp: what the folder's weights were when it was loaded.
-        pieces: its values, by parameter; None where they were dropped.
-    """
-
-    folder: Path | None
-    stamp: str
-    pieces: dict[str, Piece] | None
 
 
 @final
@@ -64,6 +43,9 @@ class AdapterPool:
             another order, so that outputs can differ from the base's in the last bits. Default "base": as the model has them.
         layout: of a model that `co_permute` has reordered, where adapters of that selection are dense; default None, as loaded.
 
+    Attributes:
+        model: the model that the adapters are put on.
+
     Raises:
         ValueError: for a bad argument, or a model with a tuner attached.
 
@@ -84,14 +66,12 @@ class AdapterPool:
         storage: Literal["base", "rows"] = "base",
         layout: Layout | None = None,
     ) -> None:
-        if capacity_bytes is not None and (isinstance(capacity_bytes, bool) or not capacity_bytes > 0):
-            raise ValueError(f"capacity_bytes={capacity_bytes!r}: give a number of bytes above 0, or None for no bound")
         if storage not in ("base", "rows"):
             raise ValueError(f"storage={storage!r}: give 'base' or 'rows'")
         refuse_tuner(model)
-        self.model, self._capacity = model, capacity_bytes
+        self.model = model
         self._overlay = Overlay(model, layout or Layout(), rows=storage == "rows")
-        self._adapters: dict[str, _Adapter] = {}  # least recently used first
+        self._shelf = Shelf(self._pieces, lambda: self._overlay.standing.values(), capacity_bytes)
         self._active: str | None = None
         self._waiting: list[str | None] = []  # what comes back after the `using` blocks
         self._lock = threading.RLock()
@@ -105,14 +85,13 @@ class AdapterPool:
     def names(self) -> list[str]:
         """The loaded adapters, by name."""
         with self._lock:
-            return sorted(self._adapters)
+            return self._shelf.names
 
     @property
     def nbytes(self) -> int:
         """Bytes held for adapters: values, indices, and the base's values at their places."""
         with self._lock:
-            held = [self._overlay.standing, *(adapter.pieces or {} for adapter in self._adapters.values())]
-            return sum(_sizes(piece for pieces in held for piece in pieces.values()).values())
+            return self._shelf.nbytes
 
     def load(self, name: str, source: Delta | str | os.PathLike[str]) -> None:
         """Check an adapter whole and get it ready for `use`; the model stays as it is.
@@ -125,16 +104,11 @@ class AdapterPool:
             ValueError: for a bad or taken name, a damaged folder, an adapter of another base, one that does not fit into
                 `capacity_bytes`, or a model with a tuner attached. The pool is then as it was.
         """
-        folder = None if isinstance(source, Delta) else Path(source).resolve()
         with self._lock:
-            self._refuse_taken(name)
-        stamp = "" if folder is None else _stamp(folder)
-        delta = source if isinstance(source, Delta) else Delta.load(source)
-        with self._lock:  # not while the folder is read
-            self._refuse_taken(name)
-            self._refuse_oversized(name, sum(map(_held, delta.selection.values(), map(delta.values.get, delta.selection))))
-            self._adapters[name] = _Adapter(folder, stamp, self._pieces(delta))
-            self._shrink()
+            self._shelf.refuse(name)
+        opened, delta = open_source(source)  # others may go on while files are read
+        with self._lock:
+            self._shelf.add(name, opened, delta)
 
     def use(self, name: str | None) -> None:
         """Let an adapter stand on the model, or None: the base.
@@ -144,7 +118,7 @@ class AdapterPool:
                 has changed, or a model with a tuner attached. The model and the pool are then as they were.
         """
         with self._lock:
-            self._put(name, {} if name is None else self._read(name))
+            self._put(name, {} if name is None else self._shelf.get(name))
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -179,19 +153,17 @@ class AdapterPool:
         """
         with self._lock:
             if name is not None:
-                self._refuse_taken(name)
+                self._shelf.refuse(name)
             if not weights:
                 raise ValueError("weights={}: name at least one loaded adapter")
             shares = check_weights(weights.values(), len(weights))
-            adapters = [self._read(key) for key in weights]
+            adapters = [self._shelf.get(key) for key in weights]
             warn_of_overlap([Selection({key: piece.place.entries for key, piece in a.items()}) for a in adapters])
             pieces = self._combined(adapters, shares)
+            self._check(pieces)
             if name is not None:
-                self._refuse_oversized(name, sum(_sizes(pieces.values()).values()))
+                self._shelf.add_fused(name, pieces)
             self._put(name or _sum(weights), pieces)
-            if name is not None:
-                self._adapters[name] = _Adapter(None, "", pieces)
-                self._shrink()
 
     def unload(self, name: str) -> None:
         """Forget an adapter. After the last one, the pool takes the weights as they are then.
@@ -200,11 +172,10 @@ class AdapterPool:
             ValueError: for an unknown name, or the adapter that stands on the model.
         """
         with self._lock:
-            self._known(name)
-            if name == self._active or name in self._waiting:
+            if name in self._shelf and (name == self._active or name in self._waiting):
                 raise ValueError(f"{name!r}: stands on the model; call use(None), or use another, and unload it then")
-            del self._adapters[name]
-            if not self._adapters and not self._overlay.standing:
+            self._shelf.remove(name)
+            if not self._shelf and not self._overlay.standing:
                 self._overlay.restart()
 
     def close(self) -> None:
@@ -217,23 +188,25 @@ class AdapterPool:
             if self._waiting:
                 raise ValueError("the pool is held by a using block; close it after that")
             self.use(None)
-            self._adapters.clear()
+            self._shelf.clear()
             self._overlay.turn_back()
             self._overlay.restart()
 
     def _put(self, name: str | None, pieces: Mapping[str, Piece]) -> None:
         """Let pieces stand on the model, after every check."""
-        refuse_tuner(self.model)
-        self._overlay.check(pieces)
+        self._check(pieces)
         self._active = None  # should the writing be interrupted
         self._overlay.put(pieces)
         self._active = name
 
+    def _check(self, names: Iterable[str]) -> None:
+        refuse_tuner(self.model)
+        self._overlay.check(names)
+
     def _pieces(self, delta: Delta) -> dict[str, Piece]:
         """An adapter made ready, after every check."""
-        refuse_tuner(self.model)
         delta.parameters(self.model)
-        self._overlay.check(delta.selection)
+        self._check(delta.selection)
         for name, entries in delta.selection.items():
             delta.check_base(name, self._overlay.originals(name, entries))
         return {name: self._overlay.piece(name, entries, delta.values[name]) for name, entries in delta.selection.items()}
@@ -246,84 +219,6 @@ class AdapterPool:
             entries, _, values = combine(name, parts, partial(self._overlay.base_at, name))
             pieces[name] = self._overlay.piece_in_model(name, entries, values)
         return pieces
-
-    def _known(self, name: str) -> _Adapter:
-        if name not in self._adapters:
-            raise ValueError(f"{name!r}: no such adapter; loaded are {', '.join(sorted(self._adapters)) or 'none'}")
-        return self._adapters[name]
-
-    def _read(self, name: str) -> dict[str, Piece]:
-        """An adapter's pieces, from its folder where they were dropped; it is the one used last now."""
-        adapter = self._known(name)
-        if adapter.pieces is None:
-            assert adapter.folder is not None
-            try:
-                if _stamp(adapter.folder) != adapter.stamp:
-                    raise ValueError(f"{adapter.folder}: holds other weights now")
-                adapter.pieces = self._pieces(Delta.load(adapter.folder))
-            except ValueError as error:
-                raise ValueError(f"{name!r}: was dropped from memory and cannot be read again ({error}); load it anew") from error
-        self._adapters[name] = self._adapters.pop(name)
-        pieces = adapter.pieces
-        self._shrink()
-        return pieces
-
-    def _shrink(self) -> None:
-        """Drop the values of the adapters used longest ago, as far as `capacity_bytes` asks for it."""
-        if self._capacity is None:
-            return
-        kept = _sizes([*self._overlay.standing.values(), *self._fixed()])
-        room = self._capacity - sum(kept.values())
-        for adapter in reversed(self._adapters.values()):
-            if adapter.folder is not None and adapter.pieces is not None:
-                sizes = _sizes(adapter.pieces.values())
-                room -= sum(size for key, size in sizes.items() if key not in kept)
-                kept |= sizes
-                if room < 0:
-                    adapter.pieces = None
-
-    def _fixed(self) -> Iterator[Piece]:
-        """Pieces that can be read from no folder."""
-        for adapter in self._adapters.values():
-            if adapter.folder is None:
-                yield from (adapter.pieces or {}).values()
-
-    def _refuse_taken(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"name={name!r}: give letters, digits, '.', '_', ':' or '-', at most 128, a letter or digit first")
-        if name in self._adapters:
-            raise ValueError(f"name={name!r}: an adapter of this name is loaded; unload it first, or take another name")
-
-    def _refuse_oversized(self, name: str, needed: int) -> None:
-        fixed = sum(_sizes(self._fixed()).values())
-        if self._capacity is not None and needed + fixed > self._capacity:
-            raise ValueError(
-                f"{name!r}: needs {needed:,} bytes, and {fixed:,} are held by adapters without a folder; "
-                f"capacity_bytes={self._capacity:,} cannot hold both: give more"
-            )
-
-
-def _stamp(folder: Path) -> str:
-    """What tells a folder's weights from others: their hash."""
-    hashed = read_config(folder).get("sha256")
-    path = folder / WEIGHTS
-    return hashed if isinstance(hashed, str) or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _tensors(place: Place) -> list[Tensor]:
-    index = [place.entries.index] if isinstance(place.entries, Slices | Elements) else []
-    return [place.base, *index]
-
-
-def _sizes(pieces: Iterable[Piece]) -> dict[int, int]:
-    """Bytes of the tensors that pieces hold, each once."""
-    return {id(tensor): tensor.nbytes for piece in pieces for tensor in (piece.values, *_tensors(piece.place))}
-
-
-def _held(entries: Entries, values: Tensor) -> int:
-    """Bytes that values at entries take, with the index and the base's values."""
-    index = entries.index.nbytes if isinstance(entries, Slices | Elements) else 0
-    return 2 * values.nbytes + index
 
 
 def _sum(weights: Mapping[str, float]) -> str:

@@ -1,0 +1,388 @@
+"""What it costs to switch a weight from one adapter to the next, in milliseconds and against merging a LoRA.
+
+`AdapterPool` writes saved values into the live weight; a LoRA that is merged has to be taken off and put on by products as
+large as the weight; a merged weight can also be copied whole, from memory or from a file. All have as many trainable numbers
+as a LoRA of the given rank.
+
+    python benchmarks/switch.py                                  # Llama-3-8B's shapes, and squares of 1024 to 8192
+    python benchmarks/switch.py --only o_proj down_proj --rounds 20
+
+"on" goes from the base to an adapter, "switch" from one adapter to another. A LoRA merges once for "on", twice for "switch".
+The ways take turns within one process, each with a weight of its own, so that a noisy machine is equally unkind to all:
+compare the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from turns import device
+
+from intaglio import AdapterPool, Delta
+from intaglio.selection import Elements, Entries, Selection, Slices
+from intaglio.slots import fingerprint
+
+DTYPE = torch.bfloat16
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight, which of its dimensions adapters choose along, and the rank of the LoRA they are compared with."""
+
+    name: str
+    shape: tuple[int, int]
+    dim: int
+    rank: int
+
+    @property
+    def chosen(self) -> int:
+        """Rows or columns with as many numbers as the LoRA."""
+        rows, columns = self.shape
+        return self.rank * (rows + columns) // (rows if self.dim else columns)
+
+    @property
+    def title(self) -> str:
+        what = "columns" if self.dim else "rows"
+        return f"{self.name} {self.shape[0]} × {self.shape[1]}, {self.chosen} {what}, LoRA of rank {self.rank}"
+
+
+LLAMA = [
+    Case("o_proj", (4096, 4096), 1, 32),
+    Case("down_proj", (4096, 14336), 1, 32),
+    Case("down_proj, wide", (4096, 14336), 1, 96),
+    Case("up_proj", (14336, 4096), 0, 32),
+    Case("q_proj", (4096, 4096), 0, 32),
+]
+SQUARES = [Case(f"{size}", (size, size), 1, 32) for size in (1024, 2048, 4096, 8192)]
+
+
+class One(nn.Module):
+    """A model of one linear layer."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.proj = nn.Linear(shape[1], shape[0], bias=False, dtype=DTYPE, device="meta")
+        self.proj.weight = nn.Parameter(torch.randn(shape, dtype=torch.float32).to(DTYPE), requires_grad=False)
+
+
+Way = Callable[[int | None], None]
+"""Goes to an adapter, 0 or 1, or to the base, None."""
+
+
+def pooled(case: Case, choose: Callable[[Case, int], Entries], **options: Any) -> tuple[Tensor, Way]:
+    """`AdapterPool` with two adapters at the entries that `choose(case, number)` gives."""
+    model = One(case.shape)
+    weight = model.proj.weight
+    pool = AdapterPool(model, **options)
+    for number in (0, 1):
+        entries = choose(case, number)
+        base = entries.gather(weight)
+        delta = Delta(Selection({"proj.weight": entries}), {"proj.weight": base * 1.5}, {"proj.weight": fingerprint(base)})
+        pool.load(str(number), delta)
+    return weight, lambda number: pool.use(None if number is None else str(number))
+
+
+def scattered(case: Case, number: int) -> Entries:
+    """Rows or columns drawn at random, others for each adapter."""
+    generator = torch.Generator().manual_seed(number)
+    index = torch.randperm(case.shape[case.dim], generator=generator)[: case.chosen].sort().values
+    return Slices(case.shape, case.dim, index)
+
+
+def contiguous(case: Case, number: int) -> Entries:
+    """Adjacent rows or columns, the same for all adapters: what a co-permuted model has."""
+    return Slices(case.shape, case.dim, torch.arange(case.chosen))
+
+
+def apart(case: Case, number: int) -> Entries:
+    """Adjacent rows or columns, others for each adapter: a head."""
+    return Slices(case.shape, case.dim, torch.arange(case.chosen) + number * case.chosen)
+
+
+def single(case: Case, number: int) -> Entries:
+    """As many single entries drawn at random (ID3)."""
+    generator = torch.Generator().manual_seed(number)
+    count = case.rank * sum(case.shape)
+    drawn = torch.randint(case.shape[0] * case.shape[1], (2 * count,), generator=generator).unique()
+    return Elements(case.shape, drawn[torch.randperm(len(drawn), generator=generator)[:count]].sort().values)
+
+
+def merging(case: Case, step: Callable[[Tensor, int, int], None]) -> tuple[Tensor, Way]:
+    """What is added for an adapter and subtracted again; `step(weight, number, sign)` does either."""
+    weight, standing = One(case.shape).proj.weight, [None]
+
+    def to(number: int | None) -> None:
+        if standing[0] is not None:
+            step(weight, standing[0], -1)
+        if number is not None:
+            step(weight, number, 1)
+        standing[0] = number
+
+    return weight, to
+
+
+def lora(case: Case) -> tuple[Tensor, Way]:
+    """W.addmm_(B, A): the quickest way to merge a LoRA."""
+    rows, columns = case.shape
+    factors = [(torch.randn(rows, case.rank).to(DTYPE), torch.randn(case.rank, columns).to(DTYPE) / 100) for _ in range(2)]
+    return merging(case, lambda weight, number, sign: weight.addmm_(*factors[number], alpha=sign))
+
+
+def index_add(case: Case) -> tuple[Tensor, Way]:
+    """W.index_add_ of the differences."""
+    places = [scattered(case, number) for number in range(2)]
+    changes = [torch.randn(entries.values_shape).to(DTYPE) / 100 for entries in places]
+    return merging(
+        case, lambda weight, number, sign: weight.index_add_(case.dim, places[number].index, changes[number], alpha=sign)
+    )
+
+
+def peft(case: Case) -> tuple[Tensor, Way]:
+    """PEFT's merge and unmerge of a LoRA in the base's type: the product first, in fp32, then the sum."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=["proj"], init_lora_weights=False)
+    model = get_peft_model(One(case.shape), config, adapter_name="0", autocast_adapter_dtype=False)
+    model.add_adapter("1", config, autocast_adapter_dtype=False)
+    layer = model.base_model.model.proj
+
+    def to(number: int | None) -> None:
+        if layer.merged:
+            layer.unmerge()
+        if number is not None:
+            layer.merge(adapter_names=[str(number)])
+
+    return layer.get_base_layer().weight, to
+
+
+def reload(case: Case, folder: Path | None) -> tuple[Tensor, Way]:
+    """Copy a whole merged weight, from memory or from a file that the system has cached."""
+    weight = One(case.shape).proj.weight
+    whole = {number: weight * (1.0 if number is None else 1.5 + number) for number in (None, 0, 1)}
+    if folder is None:
+        return weight, lambda number: weight.copy_(whole[number])
+    for number, tensor in whole.items():
+        safetensors.torch.save_file({"weight": tensor}, folder / f"{case.name}-{number}.safetensors")
+
+    def to(number: int | None) -> None:
+        with safetensors.safe_open(folder / f"{case.name}-{number}.safetensors", "pt") as file:
+            weight.copy_(file.get_tensor("weight"))
+
+    return weight, to
+
+
+def ways(case: Case, folder: Path) -> dict[str, tuple[str, Callable[[], tuple[Tensor, Way]]]]:
+    """Key → label and maker of everything that is compared."""
+    unit = "columns" if case.dim else "rows"
+    found: dict[str, tuple[str, Callable[[], tuple[Tensor, Way]]]] = {
+        "lora": ("LoRA merge, addmm_", lambda: lora(case)),
+        "contiguous": (f"pool, adjacent {unit}, one place", lambda: pooled(case, contiguous)),
+        "apart": (f"pool, adjacent {unit}, two places", lambda: pooled(case, apart)),
+        "rows": (f"pool, scattered {unit}, rows storage", lambda: pooled(case, scattered, storage="rows")),
+        "scattered": (f"pool, scattered {unit}", lambda: pooled(case, scattered)),
+        "single": ("pool, single entries", lambda: pooled(case, single)),
+        "index_add": (f"index_add_ of scattered {unit}", lambda: index_add(case)),
+        "peft": ("PEFT merge", lambda: peft(case)),
+        "memory": ("whole weight from memory", lambda: reload(case, None)),
+        "file": ("whole weight from a cached file", lambda: reload(case, folder)),
+    }
+    return found if case.dim else {key: way for key, way in found.items() if key != "rows"}
+
+
+@torch.no_grad()
+def measure(case: Case, rounds: int, turns: int, folder: Path) -> dict[str, Any]:
+    """Milliseconds of every way, which take turns, and how many weights are not the base's in the end."""
+    torch.manual_seed(0)
+    made = {key: make() for key, (_, make) in ways(case, folder).items()}
+    bases = {key: weight.clone() for key, (weight, _) in made.items()}
+    times: dict[str, dict[str, list[float]]] = {key: {"on": [], "switch": []} for key in made}
+    for _ in range(rounds):
+        for key, (_, to) in made.items():
+            to(0)
+            for _ in range(turns):
+                to(None)
+                times[key]["on"].append(_timed(to, 0))
+                times[key]["switch"].append(_timed(to, 1))
+            to(None)
+    return {
+        key: {
+            "label": ways(case, folder)[key][0],
+            **{what: statistics.median(found) * 1e3 for what, found in times[key].items()},
+            **{f"fastest {what}": min(found) * 1e3 for what, found in times[key].items()},
+            "changed": (weight != bases[key]).float().mean().item(),
+        }
+        for key, (weight, _) in made.items()
+    }
+
+
+def _timed(to: Way, number: int) -> float:
+    start = time.perf_counter()
+    to(number)
+    return time.perf_counter() - start
+
+
+def times_faster(measured: dict[str, Any], key: str, what: str) -> float:
+    """How many times as fast as merging a LoRA; fastest turns."""
+    results = measured["results"]
+    return results["lora"][f"fastest {what}"] / results[key][f"fastest {what}"]
+
+
+def table(measured: dict[str, Any]) -> str:
+    """Markdown: medians, ratios of the fastest turns, and what is left of the base."""
+    lines = [
+        f"### {measured['title']}\n",
+        "| | on ms | × LoRA | switch ms | × LoRA | base weights changed in the end |",
+        "|---" + "|---:" * 5 + "|",
+    ]
+    for key, result in measured["results"].items():
+        cells = [result["label"]]
+        for what in ("on", "switch"):
+            cells += [f"{result[what]:.3f}", f"{times_faster(measured, key, what):.2g}"]
+        changed = result["changed"]
+        lines.append(f"| {' | '.join(cells)} | {f'{changed:.2%}' if changed else 'none'} |")
+    return "\n".join(lines) + "\n"
+
+
+def reached(cells: list[dict[str, Any]]) -> str:
+    """What switching is meant to reach, in the cells of columns."""
+    lines = []
+    for key, bound in (("scattered", 4), ("contiguous", 40)):
+        for cell in cells:
+            if cell["dim"] and key in cell["results"]:
+                on, switch = (times_faster(cell, key, what) for what in ("on", "switch"))
+                word = "reached" if min(on, switch) >= bound else "NOT reached"
+                lines.append(f"* {cell['name']}: {key} columns ≥ {bound} × LoRA: on {on:.3g}, switch {switch:.3g}, {word}")
+    return "\n".join(lines) + "\n"
+
+
+COLOURS = {
+    "lora": "#000000",
+    "contiguous": "#228833",
+    "apart": "#66bb66",
+    "rows": "#4477aa",
+    "scattered": "#66ccee",
+    "single": "#ccbb44",
+    "index_add": "#ee6677",
+    "peft": "#aa3377",
+    "memory": "#999999",
+    "file": "#cccccc",
+}
+
+
+def draw(llama: list[dict[str, Any]], squares: list[dict[str, Any]], path: Path) -> None:
+    """Times faster than a LoRA at Llama's shapes, and milliseconds over the size of a square weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels, (left, right) = plt.subplots(1, 2, figsize=(14, 6.2), layout="constrained", width_ratios=[3, 2])
+    _bars(left, llama)
+    _curves(right, squares)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    panels.savefig(path, dpi=110)
+    plt.close(panels)
+
+
+def _name(key: str, results: dict[str, Any]) -> str:
+    label = results[key]["label"]
+    return (
+        label.replace("columns", "slices").replace("rows", "slices") if key != "rows" else "pool, scattered columns, rows storage"
+    )
+
+
+def _bars(axes: Any, cells: list[dict[str, Any]]) -> None:
+    keys = [key for key in COLOURS if any(key in cell["results"] for cell in cells) and key != "lora"]
+    height = 0.8 / len(keys)
+    for number, key in enumerate(keys):
+        places = [row for row, cell in enumerate(cells) if key in cell["results"]]
+        ratios = [times_faster(cells[row], key, "switch") for row in places]
+        centres = [row - 0.4 + height * (number + 0.5) for row in places]
+        results = cells[places[0]]["results"]
+        # from 1, LoRA's own speed, to both sides
+        axes.barh(centres, [r - 1 for r in ratios], height * 0.9, left=1, color=COLOURS[key], label=_name(key, results))
+        for centre, ratio in zip(centres, ratios, strict=True):
+            align = "left" if ratio >= 1 else "right"
+            axes.text(ratio, centre, f" {ratio:.2g} ", va="center", ha=align, fontsize=7)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(0.02, 1000)
+    axes.set_yticks(range(len(cells)), [cell["title"].replace(", LoRA", "\nLoRA") for cell in cells], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as a LoRA's unmerge and merge (right of the line: faster)")
+    axes.set_title("From one adapter to another, Llama-3-8B's shapes, bf16", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _curves(axes: Any, cells: list[dict[str, Any]]) -> None:
+    sizes = [cell["shape"][0] for cell in cells]
+    for key, colour in COLOURS.items():
+        values = [cell["results"][key]["fastest switch"] for cell in cells]
+        axes.plot(sizes, values, "o-", color=colour, linewidth=2.5 if key == "lora" else 1.3, markersize=4)
+        axes.annotate(
+            key, (sizes[-1], values[-1]), xytext=(6, 0), textcoords="offset points", fontsize=8, va="center", color=colour
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("size of a square weight")
+    axes.set_ylabel("milliseconds per switch (fastest)")
+    axes.set_title("Over the size", fontsize=10)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [case.name for case in LLAMA + SQUARES]
+    parser.add_argument("--only", nargs="+", choices=names, help="cases; default all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5, help="timed switches per way and round")
+    parser.add_argument(
+        "--write", nargs="?", type=Path, const=Path("benchmarks/results/switch"), help="also write files of this name"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    cells: dict[str, list[dict[str, Any]]] = {"llama": [], "squares": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for group, cases in (("llama", LLAMA), ("squares", SQUARES)):
+            for case in cases:
+                if arguments.only is None or case.name in arguments.only:
+                    results = measure(case, arguments.rounds, arguments.turns, Path(folder))
+                    cells[group].append({**vars(case), "title": case.title, "results": results})
+                    print(table(cells[group][-1]), flush=True)
+    print(reached(cells["llama"] + cells["squares"]))
+    if arguments.write:
+        _write(cells, arguments.write)
+
+
+def _write(cells: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    everything = cells["llama"] + cells["squares"]
+    head = (
+        f"# Cost of a switch\n\n`python {' '.join(sys.argv)}` on {device()}, bf16. Milliseconds are medians; the ratios (how many "
+        "times as fast as the LoRA) compare the fastest turns, to which other work on the machine has added least. On: from the "
+        "base to an adapter. Switch: from one adapter to another. The last column is what is left of the base's weights when all "
+        "adapters have been taken off again.\n\n"
+    )
+    output.with_suffix(".json").write_text(json.dumps({"device": device(), "cells": cells}, indent=1) + "\n")
+    output.with_suffix(".md").write_text(head + reached(everything) + "\n" + "\n".join(map(table, everything)))
+    if cells["llama"] and cells["squares"]:
+        draw(cells["llama"], cells["squares"], output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
