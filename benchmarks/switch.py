@@ -70,10 +70,11 @@ SQUARES = [Case(f"{size}", (size, size), 1, 32) for size in (1024, 2048, 4096, 8
 
 
 class One(nn.Module):
-    """A model of one linear layer."""
+    """A model of one linear layer, the same every time."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.proj = nn.Linear(shape[1], shape[0], bias=False, dtype=DTYPE, device="meta")
         self.proj.weight = nn.Parameter(torch.randn(shape, dtype=torch.float32).to(DTYPE), requires_grad=False)
 
@@ -205,9 +206,8 @@ def ways(case: Case, folder: Path) -> dict[str, tuple[str, Callable[[], tuple[Te
 @torch.no_grad()
 def measure(case: Case, rounds: int, turns: int, folder: Path) -> dict[str, Any]:
     """Milliseconds of every way, which take turns, and how many weights are not the base's in the end."""
-    torch.manual_seed(0)
+    base = One(case.shape).proj.weight
     made = {key: make() for key, (_, make) in ways(case, folder).items()}
-    bases = {key: weight.clone() for key, (weight, _) in made.items()}
     times: dict[str, dict[str, list[float]]] = {key: {"on": [], "switch": []} for key in made}
     for _ in range(rounds):
         for key, (_, to) in made.items():
@@ -222,7 +222,7 @@ def measure(case: Case, rounds: int, turns: int, folder: Path) -> dict[str, Any]
             "label": ways(case, folder)[key][0],
             **{what: statistics.median(found) * 1e3 for what, found in times[key].items()},
             **{f"fastest {what}": min(found) * 1e3 for what, found in times[key].items()},
-            "changed": (weight != bases[key]).float().mean().item(),
+            "changed": (weight != base).float().mean().item(),
         }
         for key, (weight, _) in made.items()
     }
@@ -373,10 +373,10 @@ def _write(cells: dict[str, list[dict[str, Any]]], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     everything = cells["llama"] + cells["squares"]
     head = (
-        f"# Cost of a switch\n\n`python {' '.join(sys.argv)}` on {device()}, bf16. Milliseconds are medians; the ratios (how many "
-        "times as fast as the LoRA) compare the fastest turns, to which other work on the machine has added least. On: from the "
-        "base to an adapter. Switch: from one adapter to another. The last column is what is left of the base's weights when all "
-        "adapters have been taken off again.\n\n"
+        f"# Cost of a switch\n\n`python {' '.join(sys.argv)}` on {device()}, bf16. Milliseconds are medians; the ratios (how "
+        "many times as fast as the LoRA) compare the fastest turns, to which other work on the machine has added least. On: from "
+        "the base to an adapter. Switch: from one adapter to another. The last column is the share "
+        "of weights that differ from the base's when all adapters have been taken off again.\n\n"
     )
     output.with_suffix(".json").write_text(json.dumps({"device": device(), "cells": cells}, indent=1) + "\n")
     output.with_suffix(".md").write_text(head + reached(everything) + "\n" + "\n".join(map(table, everything)))

@@ -16,7 +16,7 @@ from intaglio.selection import Slices
 NAME = "gqa_llama"
 METHODS = {
     "s2ft": S2FT(o=0.25, down=0.25),
-    "other_units": S2FT(o=0.25, down=0.25, up=0.25, seed=5),
+    "other_units": S2FT(o=0.5, down=0.5, up=0.25, seed=5),
     "same_units": S2FT(o=0.25, down=0.25),
     "entries": Random(0.05, seed=2),
     "vectors": BitFit(tensors="one_dimensional"),
@@ -418,13 +418,13 @@ def test_a_damaged_folder_leaves_everything(folders, tuned):
 
 def test_a_model_in_training_is_refused(deltas):
     model = model_of()
-    tuner = attach(model, S2FT(down=0.1))
+    tuner = attach(model, METHODS["s2ft"])
     with pytest.raises(ValueError, match="tuner attached"):
         AdapterPool(model)
     tuner.detach()
     pool = AdapterPool(model)
     pool.load("a", deltas["s2ft"])
-    tuner = attach(model, S2FT(down=0.1))
+    tuner = attach(model, METHODS["s2ft"])
     before = state(model)
     for call in (lambda: pool.use("a"), lambda: pool.load("b", deltas["entries"])):
         with pytest.raises(ValueError, match="tuner attached"):
