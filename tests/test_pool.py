@@ -430,7 +430,11 @@ def test_a_model_in_training_is_refused(deltas):
         with pytest.raises(ValueError, match="tuner attached"):
             call()
     assert same(model, before)
-    tuner.detach()
+    tuner.detach()  # writes the weights once more
+    with pytest.raises(ValueError, match="changed by something other"):
+        pool.use("a")
+    pool.unload("a")
+    pool.load("a", deltas["s2ft"])
     pool.use("a")
 
 

@@ -120,7 +120,7 @@ class Overlay:
             if known is not weight or version != _version(weight):
                 raise ValueError(
                     f"{name}: was changed by something other than this pool (training, load_state_dict, another adapter), so "
-                    "the base cannot be put back; load the base again and make a new pool"
+                    "nothing can be put on or taken off; unload all and load them again, or make a new pool on a fresh base"
                 )
 
     def put(self, pieces: Mapping[str, Piece]) -> None:
