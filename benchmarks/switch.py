@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from intaglio import AdapterPool, Delta
 from intaglio.selection import Elements, Entries, Selection, Slices
 from intaglio.slots import fingerprint
 
-DTYPE = torch.bfloat16
 THREADS = 2
+BLOCK = 64  # rows of a weight that are widened to fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Case:
     shape: tuple[int, int]
     dim: int
     rank: int
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def chosen(self) -> int:
@@ -56,7 +57,8 @@ class Case:
     @property
     def title(self) -> str:
         what = "columns" if self.dim else "rows"
-        return f"{self.name} {self.shape[0]} × {self.shape[1]}, {self.chosen} {what}, LoRA of rank {self.rank}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name} {self.shape[0]} × {self.shape[1]}, {dtype}, {self.chosen} {what}, LoRA of rank {self.rank}"
 
 
 LLAMA = [
@@ -66,17 +68,20 @@ LLAMA = [
     Case("up_proj", (14336, 4096), 0, 32),
     Case("q_proj", (4096, 4096), 0, 32),
 ]
+WIDE = [replace(case, name=f"{case.name}, fp32", dtype=torch.float32) for case in LLAMA[:2]]
 SQUARES = [Case(f"{size}", (size, size), 1, 32) for size in (1024, 2048, 4096, 8192)]
+GROUPS = {"llama": LLAMA, "fp32": WIDE, "squares": SQUARES}
 
 
 class One(nn.Module):
     """A model of one linear layer, the same every time."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, case: Case) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.proj = nn.Linear(shape[1], shape[0], bias=False, dtype=DTYPE, device="meta")
-        self.proj.weight = nn.Parameter(torch.randn(shape, dtype=torch.float32).to(DTYPE), requires_grad=False)
+        rows, columns = case.shape
+        self.proj = nn.Linear(columns, rows, bias=False, dtype=case.dtype, device="meta")
+        self.proj.weight = nn.Parameter(torch.randn(case.shape).to(case.dtype), requires_grad=False)
 
 
 Way = Callable[[int | None], None]
@@ -85,7 +90,7 @@ Way = Callable[[int | None], None]
 
 def pooled(case: Case, choose: Callable[[Case, int], Entries], **options: Any) -> tuple[Tensor, Way]:
     """`AdapterPool` with two adapters at the entries that `choose(case, number)` gives."""
-    model = One(case.shape)
+    model = One(case)
     weight = model.proj.weight
     pool = AdapterPool(model, **options)
     for number in (0, 1):
@@ -121,34 +126,45 @@ def single(case: Case, number: int) -> Entries:
     return Elements(case.shape, drawn[torch.randperm(len(drawn), generator=generator)[:count]].sort().values)
 
 
-def merging(case: Case, step: Callable[[Tensor, int, int], None]) -> tuple[Tensor, Way]:
-    """What is added for an adapter and subtracted again; `step(weight, number, sign)` does either."""
-    weight, standing = One(case.shape).proj.weight, [None]
+def lora(case: Case, add: Callable[[Tensor, Tensor, Tensor], None], dtype: torch.dtype) -> tuple[Tensor, Way]:
+    """Merge LoRAs; `add(W, B, A)` does W += B A. A switch is one such sum too, of twice the rank: one pass over the weight."""
+    weight, standing = One(case).proj.weight, [None]
+    rows, columns = case.shape
+    b = [(torch.randn(rows, case.rank) / 100).to(case.dtype).to(dtype) for _ in range(2)]
+    a = [torch.randn(case.rank, columns).to(case.dtype).to(dtype) for _ in range(2)]
+    steps = {(None, n): (b[n], a[n]) for n in (0, 1)} | {(n, None): (-b[n], a[n]) for n in (0, 1)}
+    steps |= {(n, 1 - n): (torch.cat([b[1 - n], -b[n]], 1), torch.cat([a[1 - n], a[n]])) for n in (0, 1)}
 
     def to(number: int | None) -> None:
-        if standing[0] is not None:
-            step(weight, standing[0], -1)
-        if number is not None:
-            step(weight, number, 1)
+        if number != standing[0]:
+            add(weight, *steps[standing[0], number])
         standing[0] = number
 
     return weight, to
 
 
-def lora(case: Case) -> tuple[Tensor, Way]:
-    """W.addmm_(B, A): the quickest way to merge a LoRA."""
-    rows, columns = case.shape
-    factors = [(torch.randn(rows, case.rank).to(DTYPE), torch.randn(case.rank, columns).to(DTYPE) / 100) for _ in range(2)]
-    return merging(case, lambda weight, number, sign: weight.addmm_(*factors[number], alpha=sign))
+def in_blocks(weight: Tensor, b: Tensor, a: Tensor) -> None:
+    """W += B A by rows, in fp32 and rounded once: where a processor has no products of bf16, several times faster."""
+    buffer = torch.empty(BLOCK, weight.shape[1])
+    for start in range(0, len(weight), BLOCK):
+        rows = slice(start, start + BLOCK)
+        weight[rows].copy_(buffer.copy_(weight[rows]).addmm_(b[rows], a))
 
 
 def index_add(case: Case) -> tuple[Tensor, Way]:
     """W.index_add_ of the differences."""
-    places = [scattered(case, number) for number in range(2)]
-    changes = [torch.randn(entries.values_shape).to(DTYPE) / 100 for entries in places]
-    return merging(
-        case, lambda weight, number, sign: weight.index_add_(case.dim, places[number].index, changes[number], alpha=sign)
-    )
+    weight, standing = One(case).proj.weight, [None]
+    places = [scattered(case, number).index for number in (0, 1)]
+    changes = [torch.randn_like(weight.index_select(case.dim, index)) / 100 for index in places]
+
+    def to(number: int | None) -> None:
+        if standing[0] is not None:
+            weight.index_add_(case.dim, places[standing[0]], changes[standing[0]], alpha=-1)
+        if number is not None:
+            weight.index_add_(case.dim, places[number], changes[number])
+        standing[0] = number
+
+    return weight, to
 
 
 def peft(case: Case) -> tuple[Tensor, Way]:
@@ -156,7 +172,7 @@ def peft(case: Case) -> tuple[Tensor, Way]:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=["proj"], init_lora_weights=False)
-    model = get_peft_model(One(case.shape), config, adapter_name="0", autocast_adapter_dtype=False)
+    model = get_peft_model(One(case), config, adapter_name="0", autocast_adapter_dtype=False)
     model.add_adapter("1", config, autocast_adapter_dtype=False)
     layer = model.base_model.model.proj
 
@@ -171,7 +187,7 @@ def peft(case: Case) -> tuple[Tensor, Way]:
 
 def reload(case: Case, folder: Path | None) -> tuple[Tensor, Way]:
     """Copy a whole merged weight, from memory or from a file that the system has cached."""
-    weight = One(case.shape).proj.weight
+    weight = One(case).proj.weight
     whole = {number: weight * (1.0 if number is None else 1.5 + number) for number in (None, 0, 1)}
     if folder is None:
         return weight, lambda number: weight.copy_(whole[number])
@@ -189,7 +205,8 @@ def ways(case: Case, folder: Path) -> dict[str, tuple[str, Callable[[], tuple[Te
     """Key → label and maker of everything that is compared."""
     unit = "columns" if case.dim else "rows"
     found: dict[str, tuple[str, Callable[[], tuple[Tensor, Way]]]] = {
-        "lora": ("LoRA merge, addmm_", lambda: lora(case)),
+        "addmm": ("LoRA merge, addmm_", lambda: lora(case, lambda w, b, a: w.addmm_(b, a), case.dtype)),
+        "blocks": ("LoRA merge, by rows in fp32", lambda: lora(case, in_blocks, torch.float32)),
         "contiguous": (f"pool, adjacent {unit}, one place", lambda: pooled(case, contiguous)),
         "apart": (f"pool, adjacent {unit}, two places", lambda: pooled(case, apart)),
         "rows": (f"pool, scattered {unit}, rows storage", lambda: pooled(case, scattered, storage="rows")),
@@ -200,13 +217,15 @@ def ways(case: Case, folder: Path) -> dict[str, tuple[str, Callable[[], tuple[Te
         "memory": ("whole weight from memory", lambda: reload(case, None)),
         "file": ("whole weight from a cached file", lambda: reload(case, folder)),
     }
-    return found if case.dim else {key: way for key, way in found.items() if key != "rows"}
+    left_out = {"rows"} if case.dim == 0 else set()
+    left_out |= {"blocks"} if case.dtype == torch.float32 else set()
+    return {key: way for key, way in found.items() if key not in left_out}
 
 
 @torch.no_grad()
 def measure(case: Case, rounds: int, turns: int, folder: Path) -> dict[str, Any]:
     """Milliseconds of every way, which take turns, and how many weights are not the base's in the end."""
-    base = One(case.shape).proj.weight
+    base = One(case).proj.weight
     made = {key: make() for key, (_, make) in ways(case, folder).items()}
     times: dict[str, dict[str, list[float]]] = {key: {"on": [], "switch": []} for key in made}
     for _ in range(rounds):
@@ -217,12 +236,14 @@ def measure(case: Case, rounds: int, turns: int, folder: Path) -> dict[str, Any]
                 times[key]["on"].append(_timed(to, 0))
                 times[key]["switch"].append(_timed(to, 1))
             to(None)
+    forward = {key: _forward(made[key][0]) for key in ("scattered", "rows") if key in made}
     return {
         key: {
             "label": ways(case, folder)[key][0],
             **{what: statistics.median(found) * 1e3 for what, found in times[key].items()},
             **{f"fastest {what}": min(found) * 1e3 for what, found in times[key].items()},
             "changed": (weight != base).float().mean().item(),
+            "forward": forward.get(key),
         }
         for key, (weight, _) in made.items()
     }
@@ -234,10 +255,20 @@ def _timed(to: Way, number: int) -> float:
     return time.perf_counter() - start
 
 
+def _forward(weight: Tensor) -> dict[int, float]:
+    """Milliseconds of a product with so many tokens, fastest of five."""
+    found = {}
+    for tokens in (1, 128):
+        x = torch.randn(tokens, weight.shape[1]).to(weight.dtype)
+        found[tokens] = min(_timed(lambda _, x=x: nn.functional.linear(x, weight), 0) for _ in range(5)) * 1e3
+    return found
+
+
 def times_faster(measured: dict[str, Any], key: str, what: str) -> float:
-    """How many times as fast as merging a LoRA; fastest turns."""
+    """How many times as fast as the quickest way to merge a LoRA; fastest turns."""
     results = measured["results"]
-    return results["lora"][f"fastest {what}"] / results[key][f"fastest {what}"]
+    rival = min(results[name][f"fastest {what}"] for name in ("addmm", "blocks") if name in results)
+    return rival / results[key][f"fastest {what}"]
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -253,6 +284,10 @@ def table(measured: dict[str, Any]) -> str:
             cells += [f"{result[what]:.3f}", f"{times_faster(measured, key, what):.2g}"]
         changed = result["changed"]
         lines.append(f"| {' | '.join(cells)} | {f'{changed:.2%}' if changed else 'none'} |")
+    own, turned = (measured["results"].get(key, {}).get("forward") for key in ("scattered", "rows"))
+    if own and turned:
+        parts = (f"{tokens} tokens {turned[tokens]:.2f} ms for {own[tokens]:.2f} ms" for tokens in own)
+        lines.append(f"\nA product with the weight in rows storage, for its own: {', '.join(parts)}.")
     return "\n".join(lines) + "\n"
 
 
@@ -269,7 +304,8 @@ def reached(cells: list[dict[str, Any]]) -> str:
 
 
 COLOURS = {
-    "lora": "#000000",
+    "addmm": "#777777",
+    "blocks": "#000000",
     "contiguous": "#228833",
     "apart": "#66bb66",
     "rows": "#4477aa",
@@ -277,8 +313,8 @@ COLOURS = {
     "single": "#ccbb44",
     "index_add": "#ee6677",
     "peft": "#aa3377",
-    "memory": "#999999",
-    "file": "#cccccc",
+    "memory": "#ee8866",
+    "file": "#eeccaa",
 }
 
 
@@ -306,7 +342,7 @@ def _name(key: str, results: dict[str, Any]) -> str:
 
 
 def _bars(axes: Any, cells: list[dict[str, Any]]) -> None:
-    keys = [key for key in COLOURS if any(key in cell["results"] for cell in cells) and key != "lora"]
+    keys = [key for key in COLOURS if any(key in cell["results"] for cell in cells)]
     height = 0.8 / len(keys)
     for number, key in enumerate(keys):
         places = [row for row, cell in enumerate(cells) if key in cell["results"]]
@@ -332,7 +368,7 @@ def _curves(axes: Any, cells: list[dict[str, Any]]) -> None:
     sizes = [cell["shape"][0] for cell in cells]
     for key, colour in COLOURS.items():
         values = [cell["results"][key]["fastest switch"] for cell in cells]
-        axes.plot(sizes, values, "o-", color=colour, linewidth=2.5 if key == "lora" else 1.3, markersize=4)
+        axes.plot(sizes, values, "o-", color=colour, linewidth=2.5 if key in ("addmm", "blocks") else 1.3, markersize=4)
         axes.annotate(
             key, (sizes[-1], values[-1]), xytext=(6, 0), textcoords="offset points", fontsize=8, va="center", color=colour
         )
@@ -347,7 +383,7 @@ def _curves(axes: Any, cells: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [case.name for case in LLAMA + SQUARES]
+    names = [case.name for cases in GROUPS.values() for case in cases]
     parser.add_argument("--only", nargs="+", choices=names, help="cases; default all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=5, help="timed switches per way and round")
@@ -356,24 +392,25 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
-    cells: dict[str, list[dict[str, Any]]] = {"llama": [], "squares": []}
+    cells: dict[str, list[dict[str, Any]]] = {group: [] for group in GROUPS}
     with tempfile.TemporaryDirectory() as folder:
-        for group, cases in (("llama", LLAMA), ("squares", SQUARES)):
+        for group, cases in GROUPS.items():
             for case in cases:
                 if arguments.only is None or case.name in arguments.only:
                     results = measure(case, arguments.rounds, arguments.turns, Path(folder))
-                    cells[group].append({**vars(case), "title": case.title, "results": results})
+                    fields = {"name": case.name, "shape": case.shape, "dim": case.dim, "title": case.title}
+                    cells[group].append({**fields, "results": results})
                     print(table(cells[group][-1]), flush=True)
-    print(reached(cells["llama"] + cells["squares"]))
+    print(reached([cell for group in cells.values() for cell in group]))
     if arguments.write:
         _write(cells, arguments.write)
 
 
 def _write(cells: dict[str, list[dict[str, Any]]], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    everything = cells["llama"] + cells["squares"]
+    everything = [cell for group in cells.values() for cell in group]
     head = (
-        f"# Cost of a switch\n\n`python {' '.join(sys.argv)}` on {device()}, bf16. Milliseconds are medians; the ratios (how "
+        f"# Cost of a switch\n\n`python {' '.join(sys.argv)}` on {device()}. Milliseconds are medians; the ratios (how "
         "many times as fast as the LoRA) compare the fastest turns, to which other work on the machine has added least. On: from "
         "the base to an adapter. Switch: from one adapter to another. The last column is the share "
         "of weights that differ from the base's when all adapters have been taken off again.\n\n"
