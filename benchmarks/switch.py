@@ -393,17 +393,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     cells: dict[str, list[dict[str, Any]]] = {group: [] for group in GROUPS}
-    with tempfile.TemporaryDirectory() as folder:
-        for group, cases in GROUPS.items():
-            for case in cases:
-                if arguments.only is None or case.name in arguments.only:
+    for group, cases in GROUPS.items():
+        for case in cases:
+            if arguments.only is None or case.name in arguments.only:
+                with tempfile.TemporaryDirectory() as folder:
                     results = measure(case, arguments.rounds, arguments.turns, Path(folder))
-                    fields = {"name": case.name, "shape": case.shape, "dim": case.dim, "title": case.title}
-                    cells[group].append({**fields, "results": results})
-                    print(table(cells[group][-1]), flush=True)
+                fields = {"name": case.name, "shape": case.shape, "dim": case.dim, "title": case.title}
+                cells[group].append({**fields, "results": results})
+                print(table(cells[group][-1]), flush=True)
+                if arguments.write:
+                    _write(cells, arguments.write)  # after each case: a long run may be stopped
     print(reached([cell for group in cells.values() for cell in group]))
-    if arguments.write:
-        _write(cells, arguments.write)
 
 
 def _write(cells: dict[str, list[dict[str, Any]]], output: Path) -> None:
