@@ -72,7 +72,7 @@ class Overlay:
         both = None if live is None else shared(entries, live.place.entries)
         if live is not None and both is not None:
             into, out = (within(e, both).to(weight.device) for e in (entries, live.place.entries))
-            into.scatter_(values, out.gather(live.place.base).reshape(into.values_shape))
+            into.scatter_(values, out.gather(live.place.base.to(weight.device)).reshape(into.values_shape))
         return values
 
     def originals(self, name: str, entries: Entries) -> Tensor:
