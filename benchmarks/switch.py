@@ -271,6 +271,11 @@ def times_faster(measured: dict[str, Any], key: str, what: str) -> float:
     return rival / results[key][f"fastest {what}"]
 
 
+def _digits(ratio: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+
+
 def table(measured: dict[str, Any]) -> str:
     """Markdown: medians, ratios of the fastest turns, and what is left of the base."""
     lines = [
@@ -281,13 +286,13 @@ def table(measured: dict[str, Any]) -> str:
     for key, result in measured["results"].items():
         cells = [result["label"]]
         for what in ("on", "switch"):
-            cells += [f"{result[what]:.3f}", f"{times_faster(measured, key, what):.2g}"]
+            cells += [f"{result[what]:.3f}", _digits(times_faster(measured, key, what))]
         changed = result["changed"]
         lines.append(f"| {' | '.join(cells)} | {f'{changed:.2%}' if changed else 'none'} |")
     own, turned = (measured["results"].get(key, {}).get("forward") for key in ("scattered", "rows"))
     if own and turned:
-        parts = (f"{tokens} tokens {turned[tokens]:.2f} ms for {own[tokens]:.2f} ms" for tokens in own)
-        lines.append(f"\nA product with the weight in rows storage, for its own: {', '.join(parts)}.")
+        parts = (f"{tokens} token(s) {turned[tokens]:.2f} ms for {own[tokens]:.2f} ms" for tokens in own)
+        lines.append(f"\nA product with the weight in rows storage, against its own: {', '.join(parts)}.")
     return "\n".join(lines) + "\n"
 
 
@@ -299,34 +304,36 @@ def reached(cells: list[dict[str, Any]]) -> str:
             if cell["dim"] and key in cell["results"]:
                 on, switch = (times_faster(cell, key, what) for what in ("on", "switch"))
                 word = "reached" if min(on, switch) >= bound else "NOT reached"
-                lines.append(f"* {cell['name']}: {key} columns ≥ {bound} × LoRA: on {on:.3g}, switch {switch:.3g}, {word}")
+                lines.append(
+                    f"* {cell['name']}: {key} columns ≥ {bound} × LoRA: on {_digits(on)}, switch {_digits(switch)}, {word}"
+                )
     return "\n".join(lines) + "\n"
 
 
-COLOURS = {
-    "addmm": "#777777",
-    "blocks": "#000000",
-    "contiguous": "#228833",
-    "apart": "#66bb66",
+COLOURS = {  # as drawn, from the fastest on
+    "contiguous": "#117733",
+    "apart": "#55aa55",
     "rows": "#4477aa",
-    "scattered": "#66ccee",
-    "single": "#ccbb44",
-    "index_add": "#ee6677",
-    "peft": "#aa3377",
+    "scattered": "#22a0cc",
+    "single": "#a59b20",
     "memory": "#ee8866",
-    "file": "#eeccaa",
+    "file": "#b58900",
+    "blocks": "#000000",
+    "addmm": "#777777",
+    "index_add": "#ee4455",
+    "peft": "#aa3377",
 }
 
 
 def draw(llama: list[dict[str, Any]], squares: list[dict[str, Any]], path: Path) -> None:
-    """Times faster than a LoRA at Llama's shapes, and milliseconds over the size of a square weight."""
+    """Times as fast as a LoRA at Llama's shapes, and milliseconds over the size of a square weight."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels, (left, right) = plt.subplots(1, 2, figsize=(14, 6.2), layout="constrained", width_ratios=[3, 2])
-    _bars(left, llama)
+    panels, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), layout="constrained", width_ratios=[5, 4])
+    _dots(left, llama)
     _curves(right, squares)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -334,50 +341,52 @@ def draw(llama: list[dict[str, Any]], squares: list[dict[str, Any]], path: Path)
     plt.close(panels)
 
 
-def _name(key: str, results: dict[str, Any]) -> str:
-    label = results[key]["label"]
-    return (
-        label.replace("columns", "slices").replace("rows", "slices") if key != "rows" else "pool, scattered columns, rows storage"
-    )
+def _name(key: str, cells: list[dict[str, Any]]) -> str:
+    """A label for rows and columns alike."""
+    label = next(cell["results"][key]["label"] for cell in cells if key in cell["results"])
+    return label if key in ("rows", "blocks") else label.replace("columns", "rows or columns")
 
 
-def _bars(axes: Any, cells: list[dict[str, Any]]) -> None:
+def _dots(axes: Any, cells: list[dict[str, Any]]) -> None:
     keys = [key for key in COLOURS if any(key in cell["results"] for cell in cells)]
-    height = 0.8 / len(keys)
-    for number, key in enumerate(keys):
-        places = [row for row, cell in enumerate(cells) if key in cell["results"]]
-        ratios = [times_faster(cells[row], key, "switch") for row in places]
-        centres = [row - 0.4 + height * (number + 0.5) for row in places]
-        results = cells[places[0]]["results"]
-        # from 1, LoRA's own speed, to both sides
-        axes.barh(centres, [r - 1 for r in ratios], height * 0.9, left=1, color=COLOURS[key], label=_name(key, results))
-        for centre, ratio in zip(centres, ratios, strict=True):
-            align = "left" if ratio >= 1 else "right"
-            axes.text(ratio, centre, f" {ratio:.2g} ", va="center", ha=align, fontsize=7)
-    axes.axvline(1, color="black", linewidth=1)
+    for bound, text in ((1, "LoRA"), (4, "4 ×"), (40, "40 ×")):
+        axes.axvline(bound, color="black", linewidth=1.2 if bound == 1 else 0.8, linestyle="-" if bound == 1 else ":")
+        axes.text(bound, -0.75, text, fontsize=8, ha="center")
+    for number, (cell, marker) in enumerate(zip(cells, "osD^v", strict=False)):
+        rows = [row for row, key in enumerate(keys) if key in cell["results"]]
+        ratios = [times_faster(cell, keys[row], "switch") for row in rows]
+        shift = 0.13 * (number - (len(cells) - 1) / 2)
+        colours = [COLOURS[keys[row]] for row in rows]
+        axes.scatter(ratios, [row + shift for row in rows], c=colours, marker=marker, s=34, zorder=3)
+        axes.scatter(
+            [], [], c="#555555", marker=marker, s=34, label=cell["title"].partition(", LoRA")[0].replace(", bfloat16", "")
+        )
     axes.set_xscale("log")
-    axes.set_xlim(0.02, 1000)
-    axes.set_yticks(range(len(cells)), [cell["title"].replace(", LoRA", "\nLoRA") for cell in cells], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("times as fast as a LoRA's unmerge and merge (right of the line: faster)")
-    axes.set_title("From one adapter to another, Llama-3-8B's shapes, bf16", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_xlim(0.08, 1500)
+    axes.set_yticks(range(len(keys)), [_name(key, cells) for key in keys], fontsize=9)
+    axes.set_ylim(len(keys) - 0.4, -0.6)
+    axes.grid(axis="y", color="#eeeeee", zorder=0)
+    axes.set_xlabel("times as fast as the faster LoRA merge (right: faster)")
+    axes.set_title("From one adapter to the next, Llama-3-8B's weights, bf16", fontsize=10, pad=20)
+    axes.legend(frameon=True, framealpha=1, edgecolor="#dddddd", fontsize=8, loc="upper left")
 
 
 def _curves(axes: Any, cells: list[dict[str, Any]]) -> None:
-    sizes = [cell["shape"][0] for cell in cells]
-    for key, colour in COLOURS.items():
+    sizes, keys = [cell["shape"][0] for cell in cells], [key for key in COLOURS if key in cells[0]["results"]]
+    last = 0.0
+    for key in sorted(keys, key=lambda key: cells[-1]["results"][key]["fastest switch"]):
         values = [cell["results"][key]["fastest switch"] for cell in cells]
-        axes.plot(sizes, values, "o-", color=colour, linewidth=2.5 if key in ("addmm", "blocks") else 1.3, markersize=4)
-        axes.annotate(
-            key, (sizes[-1], values[-1]), xytext=(6, 0), textcoords="offset points", fontsize=8, va="center", color=colour
-        )
+        is_lora = key in ("addmm", "blocks")
+        axes.plot(sizes, values, "o--" if is_lora else "o-", color=COLOURS[key], linewidth=2.2 if is_lora else 1.5, markersize=4)
+        last = max(values[-1], last * 1.35)  # labels one above the other where curves end together
+        axes.text(sizes[-1] * 1.08, last, cells[0]["results"][key]["label"], fontsize=8, va="center", color=COLOURS[key])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_xlabel("size of a square weight")
-    axes.set_ylabel("milliseconds per switch (fastest)")
-    axes.set_title("Over the size", fontsize=10)
+    axes.set_xlim(sizes[0] * 0.9, sizes[-1] * 4.2)
+    axes.set_xlabel("rows and columns of the weight; 64 columns against a LoRA of rank 32")
+    axes.set_ylabel("milliseconds (fastest)")
+    axes.set_title("From one adapter to the next, over the size of the weight, bf16", fontsize=10, pad=20)
 
 
 def main() -> None:
@@ -411,9 +420,9 @@ def _write(cells: dict[str, list[dict[str, Any]]], output: Path) -> None:
     everything = [cell for group in cells.values() for cell in group]
     head = (
         f"# Cost of a switch\n\n`python {' '.join(sys.argv)}` on {device()}. Milliseconds are medians; the ratios (how "
-        "many times as fast as the LoRA) compare the fastest turns, to which other work on the machine has added least. On: from "
-        "the base to an adapter. Switch: from one adapter to another. The last column is the share "
-        "of weights that differ from the base's when all adapters have been taken off again.\n\n"
+        "many times as fast as the faster of the two LoRA merges) compare the fastest turns, to which other work on the machine "
+        "has added least. On: from the base to an adapter. Switch: from one adapter to another. The last column is the share "
+        "of weights that differ from the base's when all adapters (random ones) have been taken off again.\n\n"
     )
     output.with_suffix(".json").write_text(json.dumps({"device": device(), "cells": cells}, indent=1) + "\n")
     output.with_suffix(".md").write_text(head + reached(everything) + "\n" + "\n".join(map(table, everything)))
