@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from intaglio import Delta, Selection, Updates, attach
+from intaglio import AdapterPool, Delta, Selection, Updates, attach
 from intaglio.methods import METHODS, build
 
 # Settings that select something in a model of two layers with four heads; a method without a row runs on its defaults.
@@ -100,6 +100,11 @@ def test_adapter_round_trip_is_exact(name, config, tmp_path):
     assert all(torch.equal(t, tuned[key]) for key, t in fresh.state_dict().items())
     delta.revert_(fresh)
     assert all(torch.equal(t, base[key]) for key, t in fresh.state_dict().items())
+    pool = AdapterPool(fresh, storage="rows")
+    pool.load("adapter", tmp_path / "adapter")
+    for use, expected in (("adapter", tuned), (None, base)):
+        pool.use(use)
+        assert all(torch.equal(t, expected[key]) for key, t in fresh.state_dict().items())
 
 
 @each_model

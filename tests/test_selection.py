@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intaglio.budget import resolve_budget, top_k
-from intaglio.selection import Elements, Selection, Slices, Whole, check_index
+from intaglio.selection import Elements, Selection, Slices, Whole, check_index, within
 
 
 def oracle(scores, k):
@@ -143,3 +143,42 @@ def test_resolve_budget():
             resolve_budget(bad, 10)
     with pytest.raises(ValueError, match="rounds to nothing"):
         resolve_budget(0.01, 10)
+
+
+PAIRS = [(a, b) for a in ENTRIES for b in ENTRIES if a.shape == b.shape]
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=repr)
+def test_intersection_is_what_both_have(a, b):
+    both = Selection({"w": a, "x": a}).intersection({"w": b})
+    expected = sorted(set(a.flat().tolist()) & set(b.flat().tolist()))
+    assert (both["w"].flat().tolist() if both else []) == expected
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=repr)
+def test_a_part_is_found_within_the_compact_values_of_the_whole(a, b):
+    tensor = torch.randn(a.shape)
+    both = Selection({"w": a}).union({"w": b})["w"]
+    compact = both.gather(tensor)
+    for part in (a, b):
+        inside = within(both, part)
+        assert torch.equal(inside.gather(compact).reshape(part.values_shape), part.gather(tensor))
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_copying_runs_equals_going_through_the_index(data):
+    size, dim = 400, data.draw(st.integers(0, 1))
+    starts = data.draw(st.lists(st.integers(0, size - 60), min_size=1, max_size=4))
+    chosen = {position for start in starts for position in range(start, start + data.draw(st.integers(1, 60)))}
+    index = torch.tensor(sorted(chosen))
+    shape = (size, 3) if dim == 0 else (3, size)
+    entries, weight = Slices(shape, dim, index), torch.randn(shape)
+    values = torch.randn(entries.values_shape)
+    if entries.runs is not None:
+        positions = [position for start, length in entries.runs for position in range(start, start + length)]
+        assert positions == index.tolist()
+    assert torch.equal(entries.gather(weight), weight.index_select(dim, index))
+    expected = weight.clone().index_copy_(dim, index, values)
+    entries.scatter_(weight, values.double())
+    assert torch.equal(weight, expected)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .delta import Delta as Delta
+    from .fusing import fuse as fuse
     from .methods import ID3 as ID3
     from .methods import IST as IST
     from .methods import LISA as LISA
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .methods import Random as Random
     from .methods import SHiRA as SHiRA
     from .methods import StaticGradient as StaticGradient
+    from .pool import AdapterPool as AdapterPool
     from .probe import Batches as Batches
     from .selection import Selection as Selection
     from .training import train as train
@@ -36,6 +38,8 @@ _HOME = {
     "attach": "tuner",
     "Tuner": "tuner",
     "Delta": "delta",
+    "fuse": "fusing",
+    "AdapterPool": "pool",
     "Selection": "selection",
     "Batches": "probe",
     "S2FT": "methods",
@@ -61,6 +65,7 @@ __all__ = [
     "RST",
     "S2FT",
     "SNIP",
+    "AdapterPool",
     "Batches",
     "BitFit",
     "Delta",
@@ -74,6 +79,7 @@ __all__ = [
     "Tuner",
     "Updates",
     "attach",
+    "fuse",
     "train",
 ]
 

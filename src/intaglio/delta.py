@@ -7,7 +7,7 @@ trained model and revert exactly the base, in any type, any number of times. Its
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -18,7 +18,7 @@ from . import adapter_folder
 from .selection import Entries, Selection
 from .slots import Slots, fingerprint
 
-__all__ = ["Delta"]
+__all__ = ["Delta", "refuse_tuner"]
 
 
 @final
@@ -61,11 +61,10 @@ class Delta:
             ValueError: where a parameter is missing or of another shape or type, where the model holds other base
                 values at these places (a wrong base), or where this Delta is applied already.
         """
-        if Slots.REGISTERED_AS in model._modules:
-            raise ValueError("the model has a tuner attached, whose next step would overwrite this; call its detach() first")
+        refuse_tuner(model)
         if self._originals is not None:
             raise ValueError("this Delta is applied already; call revert_ first, or load the folder a second time")
-        self._originals = self._check_base(model)
+        self._originals = self.originals(model)
         self._write(model, self.values)
 
     def revert_(self, model: nn.Module) -> None:
@@ -76,7 +75,7 @@ class Delta:
         """
         if self._originals is None:
             raise ValueError("this Delta is not applied; nothing to revert")
-        for name, parameter in self._parameters(model):
+        for name, parameter in self.parameters(model).items():
             if not torch.equal(self.selection[name].to(parameter.device).gather(parameter), self.values[name].to(parameter)):
                 raise ValueError(f"{name}: the model no longer holds this Delta's values; was it applied to another model?")
         self._write(model, self._originals)
@@ -95,6 +94,44 @@ class Delta:
         """
         return cls(**vars(adapter_folder.read(directory)))
 
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters in this Delta.
+
+        Raises:
+            ValueError: naming the first that is missing, of another shape or type, or without values of its own.
+        """
+        parameters, found = dict(model.named_parameters()), {}
+        for name, entries in self.selection.items():
+            if name not in parameters:
+                raise ValueError(f"{name}: the model has no such parameter; this adapter's base is {self.base!r}")
+            found[name] = parameters[name]
+            _check_parameter(name, found[name], entries, self.values[name].dtype)
+        return found
+
+    def originals(self, model: nn.Module) -> dict[str, Tensor]:
+        """The base's values at this Delta's places, copied from `model`, which must hold the base there.
+
+        Raises:
+            ValueError: as `parameters`, and where the model holds other values (a wrong base).
+        """
+        found = {name: self.selection[name].to(p.device).gather(p) for name, p in self.parameters(model).items()}
+        for name, values in found.items():
+            self.check_base(name, values)
+        return found
+
+    def check_base(self, name: str, values: Tensor) -> None:
+        """Refuse base values, at this Delta's places in one parameter, that are not those it was trained on.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        found = fingerprint(values)
+        if found != self.fingerprints[name]:
+            raise ValueError(
+                f"{name}: base fingerprint {self.fingerprints[name]} expected, {found} found: the model is not the base "
+                f"{self.base!r} this adapter was trained on, or it has been changed since"
+            )
+
     @property
     def nbytes(self) -> int:
         """Bytes of values and indices, as stored."""
@@ -106,38 +143,34 @@ class Delta:
     def __repr__(self) -> str:
         return f"Delta({self.method.get('name', '?')}, {self.selection!r}, base={self.base!r})"
 
-    def _parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters in this Delta, each checked to exist with the right shape."""
-        parameters = dict(model.named_parameters())
-        for name, entries in self.selection.items():
-            if name not in parameters:
-                raise ValueError(f"{name}: the model has no such parameter; this adapter's base is {self.base!r}")
-            if tuple(parameters[name].shape) != entries.shape:
-                found = list(parameters[name].shape)
-                raise ValueError(f"{name}: expected shape {list(entries.shape)}, the model has {found}")
-            yield name, parameters[name]
-
-    def _check_base(self, model: nn.Module) -> dict[str, Tensor]:
-        """Originals at the selected places, after every check has passed."""
-        originals = {}
-        for name, parameter in self._parameters(model):
-            expected = self.values[name].dtype
-            if parameter.dtype != expected:
-                raise ValueError(
-                    f"{name}: trained on a {expected} base, the model is {parameter.dtype}; load it with dtype={expected}"
-                )
-            originals[name] = self.selection[name].to(parameter.device).gather(parameter)
-            found = fingerprint(originals[name])
-            if found != self.fingerprints[name]:
-                raise ValueError(
-                    f"{name}: base fingerprint {self.fingerprints[name]} expected, {found} found: the model is not the base "
-                    f"{self.base!r} this adapter was trained on, or it has been changed since"
-                )
-        return originals
-
     def _write(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters(model):
+        for name, parameter in self.parameters(model).items():
             self.selection[name].to(parameter.device).scatter_(parameter, values[name].to(parameter.device))
+
+
+def refuse_tuner(model: nn.Module) -> None:
+    """Refuse to write into a model that is being trained.
+
+    Raises:
+        ValueError: where a tuner is attached.
+    """
+    if Slots.REGISTERED_AS in model._modules:
+        raise ValueError("the model has a tuner attached, whose next step would overwrite this; call its detach() first")
+
+
+def _check_parameter(name: str, parameter: nn.Parameter, entries: Entries, dtype: torch.dtype) -> None:
+    if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
+        stored = parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
+        raise ValueError(
+            f"{name}: stored as {stored} (quantized or sharded), which cannot hold single tuned values; load the base without "
+            f"quantization, with dtype={dtype}"
+        )
+    if tuple(parameter.shape) != entries.shape:
+        raise ValueError(f"{name}: expected shape {list(entries.shape)}, the model has {list(parameter.shape)}")
+    if parameter.dtype != dtype:
+        raise ValueError(f"{name}: trained on a {dtype} base, the model is {parameter.dtype}; load it with dtype={dtype}")
+    if parameter.is_meta:
+        raise ValueError(f"{name}: has no values here (offloaded, on the meta device); load the base without offloading")
 
 
 def _check_values(name: str, entries: Entries, values: Tensor | None) -> None:

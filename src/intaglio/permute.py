@@ -62,7 +62,7 @@ class Layout:
 
     def entries(self, selection: Selection) -> Selection:
         """The selection in the coordinates of this layout."""
-        return Selection({name: self._moved(name, entries) for name, entries in selection.items()})
+        return Selection({name: self.moved(name, entries)[0] for name, entries in selection.items()})
 
     def gather(self, name: str, entries: Entries, weight: Tensor) -> Tensor:
         """Values at base coordinates `entries` from a weight in this layout."""
@@ -72,12 +72,22 @@ class Layout:
         dim, order = self.orders[name]
         return weight.detach().index_select(dim, order.argsort()[entries.index.cpu()].to(weight.device))
 
-    def _moved(self, name: str, entries: Entries) -> Entries:
+    def moved(self, name: str, entries: Entries) -> tuple[Entries, Tensor | None]:
+        """Base coordinates `entries` in this layout, and the order that sorts their compact values along its dimension.
+
+        Raises:
+            ValueError: where the parameter moved and the entries are no slices along the dimension that did.
+        """
         if name not in self.orders:
-            return entries
-        assert isinstance(entries, Slices)
+            return entries, None
         dim, order = self.orders[name]
-        return Slices(entries.shape, dim, order.argsort()[entries.index.cpu()].sort().values)
+        if not (isinstance(entries, Slices) and entries.dim == dim):
+            raise ValueError(
+                f"{name}: the model is permuted along dimension {dim}, and these entries are not chosen along it; use an "
+                "unpermuted model"
+            )
+        places = order.argsort()[entries.index.cpu()].sort()
+        return Slices(entries.shape, dim, places.values), places.indices
 
 
 def co_permute(model: nn.Module, selection: Selection, probe: Probe | None) -> Layout:

@@ -10,12 +10,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-__all__ = ["Elements", "Entries", "Selection", "Slices", "Whole", "check_index", "from_flat"]
+__all__ = ["Elements", "Entries", "Selection", "Slices", "Whole", "check_index", "from_flat", "shared", "union", "within"]
+
+_RUN = 16  # positions that a run needs on average, so that copying runs is faster than going through an index
 
 
 class Entries(ABC):
@@ -119,11 +122,31 @@ class Slices(Entries):
         return (*self.shape[: self.dim], self.index.numel(), *self.shape[self.dim + 1 :])
 
     def gather(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().index_select(self.dim, self.index)
+        if self.runs is None:
+            return tensor.detach().index_select(self.dim, self.index)
+        return torch.cat([tensor.detach().narrow(self.dim, start, length) for start, length in self.runs], self.dim)
 
     @torch.no_grad()
     def scatter_(self, tensor: Tensor, values: Tensor) -> None:
-        tensor.index_copy_(self.dim, self.index, values.to(tensor))
+        if self.runs is None:
+            tensor.index_copy_(self.dim, self.index, values.to(tensor))
+            return
+        parts = values.split([length for _, length in self.runs], self.dim)
+        for (start, length), part in zip(self.runs, parts, strict=True):
+            tensor.narrow(self.dim, start, length).copy_(part)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]] | None:
+        """(first, length) of each run of adjacent positions, in order; None where they are too short to copy one by one.
+
+        Heads, and all that a co-permutation has moved together, are runs.
+        """
+        index = self.index.cpu()
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), (index.diff() != 1).nonzero().flatten() + 1])
+        if len(starts) * _RUN > len(index):
+            return None
+        lengths = torch.cat([starts, torch.tensor([len(index)])]).diff()
+        return list(zip(index[starts].tolist(), lengths.tolist(), strict=True))
 
     def flat(self) -> Tensor:
         inner = math.prod(self.shape[self.dim + 1 :])
@@ -233,8 +256,13 @@ class Selection(Mapping[str, Entries]):
         """Entries in either selection; slices along one dimension stay slices."""
         merged = dict(self._entries)
         for name, entries in other.items():
-            merged[name] = _union(merged[name], entries) if name in merged else entries
+            merged[name] = union(merged[name], entries) if name in merged else entries
         return Selection(merged)
+
+    def intersection(self, other: Mapping[str, Entries]) -> Selection:
+        """Entries in both selections."""
+        kept = {name: shared(entries, other[name]) for name, entries in self.items() if name in other}
+        return Selection({name: entries for name, entries in kept.items() if entries is not None})
 
     def difference(self, other: Mapping[str, Entries]) -> Selection:
         """Entries of this selection that are not in `other`."""
@@ -260,11 +288,31 @@ def from_flat(shape: tuple[int, ...], flat: Tensor) -> Entries:
     return Whole(shape) if flat.numel() == math.prod(shape) else Elements(shape, flat)
 
 
-def _union(a: Entries, b: Entries) -> Entries:
+def union(a: Entries, b: Entries) -> Entries:
+    """Entries of one parameter in `a` or `b`; slices along one dimension stay slices."""
     _check_shapes(a, b)
     if isinstance(a, Slices) and isinstance(b, Slices) and a.dim == b.dim:
         return Slices(a.shape, a.dim, torch.cat([a.index.cpu(), b.index.cpu()]).unique())
     return from_flat(a.shape, torch.cat([a.flat(), b.flat()]).unique())
+
+
+def shared(a: Entries, b: Entries) -> Entries | None:
+    """Entries of one parameter in `a` and in `b`; None where there are none."""
+    return _difference(a, _difference(a, b))
+
+
+def within(outer: Entries, inner: Entries) -> Entries:
+    """Where `inner`, a part of `outer`, lies in the compact values of `outer`, in the same order.
+
+    >>> outer, inner = Slices((4, 6), 1, torch.tensor([0, 3, 5])), Slices((4, 6), 1, torch.tensor([5]))
+    >>> within(outer, inner).index
+    tensor([2])
+    """
+    if isinstance(outer, Whole):
+        return inner
+    if isinstance(outer, Slices) and isinstance(inner, Slices) and outer.dim == inner.dim:
+        return Slices(outer.values_shape, outer.dim, torch.searchsorted(outer.index.cpu(), inner.index.cpu()))
+    return Elements(outer.values_shape, torch.searchsorted(outer.flat(), inner.flat()))
 
 
 def _difference(a: Entries, b: Entries | None) -> Entries | None:
