@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from ..adapter_folder import WEIGHTS
@@ -22,7 +23,17 @@ from .staging import MARKER, staged
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["export_peft", "linear_owners", "refuse", "size_of", "target_modules", "write_marker"]
+__all__ = [
+    "compare_stock",
+    "differences",
+    "export_peft",
+    "linear_owners",
+    "load_stock",
+    "refuse",
+    "size_of",
+    "target_modules",
+    "write_marker",
+]
 
 
 def export_peft(
@@ -52,15 +63,25 @@ def export_peft(
         ValueError: for another base, a target that exists, or an export that is not exact.
     """
     with staged(directory, overwrite=overwrite) as folder:
-        work = copy.deepcopy(model).eval()
-        with applied(delta, work):  # checks every fingerprint first
-            work.float()
-            reference = answer(work, prompts(work, tokenizer))
-        safetensors.torch.save_file(dict(build(_differences(delta, model))), folder / WEIGHTS, {"format": "pt"})
+        safetensors.torch.save_file(dict(build(differences(delta, model))), folder / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(folder))
-        check = compare(reference, _load(work, folder))
+        check = compare_stock(delta, model, folder, tokenizer)
         (folder / "README.md").write_text(_card(delta, figures["to"]), encoding="utf-8")
         return write_marker(folder, directory, delta, {**figures, **check})
+
+
+def compare_stock(delta: Delta, model: Any, folder: Path, tokenizer: Any = None) -> dict[str, Any]:
+    """Compare a PEFT folder, loaded by PEFT alone onto a copy of the base, with the tuned model in fp32.
+
+    Raises:
+        ValueError: for another base.
+        InexactExport: where they differ.
+    """
+    work = copy.deepcopy(model).eval()
+    with applied(delta, work):  # checks every fingerprint first
+        work.float()
+        reference = answer(work, prompts(work, tokenizer))
+    return compare(reference, load_stock(work, folder).get_base_model())
 
 
 def write_marker(folder: Path, directory: str | os.PathLike[str], delta: Delta, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,22 +134,34 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _differences(delta: Delta, model: nn.Module) -> dict[str, Tensor]:
-    """Name → tuned minus base value in fp32, compact, on the CPU."""
+def differences(delta: Delta, model: nn.Module) -> dict[str, Tensor]:
+    """Name → change in fp32, compact, on the CPU: what added to the base gives the tuned value; see `_change`."""
     parameters = dict(model.named_parameters())
     found = {}
     for name, entries in delta.selection.items():
         base = entries.to(parameters[name].device).gather(parameters[name]).cpu()
-        found[name] = delta.values[name].float().cpu() - base.float()
+        found[name] = _change(delta.values[name].cpu(), base)
     return found
 
 
-def _load(model: Any, folder: Path) -> Any:
+def _change(tuned: Tensor, base: Tensor) -> Tensor:
+    """Tuned − base in fp32, moved by one unit in the last place where only that makes base + change the tuned value again."""
+    wide = base.float()
+    change = plain = tuned.float() - wide
+    for limit in (torch.inf, -torch.inf):
+        neighbour = plain.nextafter(torch.full_like(plain, limit))
+        better = ((wide + plain).to(tuned.dtype) != tuned) & ((wide + neighbour).to(tuned.dtype) == tuned)
+        change = torch.where(better, neighbour, change)
+    return change
+
+
+def load_stock(model: Any, folder: Path) -> Any:
+    """`PeftModel.from_pretrained`, for evaluation."""
     from peft import PeftModel
 
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5 for something by its old name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        return PeftModel.from_pretrained(model, str(folder)).eval().get_base_model()
+        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def _card(delta: Delta, kind: str) -> str:
