@@ -109,10 +109,31 @@ def verify(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="adapter folder, or the folder of a finished run", metavar="ADAPTER")],
-    to: Annotated[str, typer.Option("--to", help="lora (PEFT, vLLM …), merged (a plain model) or supertuning (PEFT's sparse)")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="lora (PEFT, vLLM …), gguf (llama.cpp), merged (a plain model), supertuning (PEFT's sparse), "
+            "approximate-lora (any adapter, with a measured loss), or delta (a LoRA folder back into an adapter)",
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", help="the new folder")],
     base: Annotated[str | None, typer.Option(help="base model; default the one the adapter or run names")] = None,
-    dtype: Annotated[str | None, typer.Option(help="of LoRA's factors: float32 (default), bfloat16 or float16")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of LoRA's factors: float32 (default), bfloat16 or float16; with delta, the base's (default its own)"),
+    ] = None,
+    ragged: Annotated[bool, typer.Option("--ragged", help="lora: each module its own rank, for PEFT and vLLM")] = False,
+    fill_layers: Annotated[
+        bool, typer.Option("--fill-layers", help="lora: zeros for every layer of each projection, for LoRAX and TGI")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="approximate-lora: rank of every module")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="approximate-lora: file with a text per line, on which the loss is measured")
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="approximate-lora: share of the adapter's effect that may be lost (default 0.01)")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export in the output folder")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -123,12 +144,15 @@ def export(
 
         intaglio export runs/demo --to lora --output exports/demo-lora
         intaglio export adapter --to merged --output exports/demo --base smollm2-135m
+        intaglio export adapter --to approximate-lora --rank 16 --text prompts.txt --output exports/small
+        intaglio export exports/demo-lora --to delta --output adapter
     """
 
     def work() -> dict[str, Any]:
         from .exporting import export as run
 
-        return run(adapter, to, output, base=base, dtype=dtype, overwrite=overwrite)
+        options = {"dtype": dtype, "ragged": ragged, "fill_layers": fill_layers, "rank": rank, "text": text, "max_loss": max_loss}
+        return run(adapter, to, output, base=base, overwrite=overwrite, **options)
 
     _finish(_guarded(work, debug), as_json, "export")
 

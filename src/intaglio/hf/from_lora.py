@@ -13,7 +13,6 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from ..adapter_folder import WEIGHTS, read_config
@@ -211,12 +210,13 @@ def _one_hot(hot_RN: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 def _delta(lora: StockLora, model: Any) -> Delta:
     """The adapter of a LoRA on this base."""
-    parameters, found = dict(model.named_parameters()), {path: picks(lora, path) for path in lora.modules}
-    selection, values, prints = {}, {}, {}
-    for path, picked in sorted(found.items(), key=lambda item: _position(parameters, item[0])):
+    parameters, selection, values, prints = dict(model.named_parameters()), {}, {}, {}
+    for path in (name.removesuffix(".weight") for name in _in_order(lora, parameters)):
+        picked = picks(lora, path)
         if picked is None:
             continue
-        weight, transposed = _weight(model, path, lora), is_transposed(model.get_submodule(path))
+        transposed = is_transposed(model.get_submodule(path))
+        weight = _weight(parameters[f"{path}.weight"], path, lora, transposed)
         entries = Slices(tuple(weight.shape), int(picked.reads != transposed), picked.index)
         base = entries.to(weight.device).gather(weight).cpu()
         name, change = f"{path}.weight", picked.change.T if transposed else picked.change
@@ -227,18 +227,18 @@ def _delta(lora: StockLora, model: Any) -> Delta:
     return Delta(Selection(selection), values, prints, method if isinstance(method, dict) else {}, lora.base, total)
 
 
-def _position(parameters: Mapping[str, Any], path: str) -> int:
-    return list(parameters).index(f"{path}.weight") if f"{path}.weight" in parameters else -1
+def _in_order(lora: StockLora, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of the weights of a LoRA's modules, in the base's order."""
+    names = {f"{path}.weight" for path in lora.modules}
+    if missing := sorted(names - parameters.keys()):
+        raise ValueError(f"{missing[0]}: the base has no such parameter; this LoRA's base is {lora.base!r}")
+    return [name for name in parameters if name in names]
 
 
-def _weight(model: nn.Module, path: str, lora: StockLora) -> nn.Parameter:
-    """The weight of a linear module of the base, whose shape the factors fit."""
-    weight = dict(model.named_parameters()).get(f"{path}.weight")
-    if weight is None:
-        raise ValueError(f"{path}: the base has no such linear module; this LoRA's base is {lora.base!r}")
+def _weight(weight: nn.Parameter, path: str, lora: StockLora, transposed: bool) -> nn.Parameter:
+    """The base's weight, which the factors must fit."""
     a_RI, b_OR = lora.modules[path]
-    shape = (b_OR.shape[0], a_RI.shape[1])
-    stored = tuple(weight.shape[::-1] if is_transposed(model.get_submodule(path)) else weight.shape)
-    if stored != shape:
-        raise ValueError(f"{path}: the LoRA fits a weight of shape {list(shape)}, the base has {list(stored)}: another base")
+    expected, stored = (b_OR.shape[0], a_RI.shape[1]), tuple(weight.shape[::-1] if transposed else weight.shape)
+    if stored != expected:
+        raise ValueError(f"{path}: the LoRA fits a weight of shape {list(expected)}, the base has {list(stored)}: another base")
     return weight

@@ -230,7 +230,7 @@ def _check(
         difference = (product - expected).abs().max().item()
         if difference != 0.0:
             raise InexactExport(
-                f"the export is not exact: {name} differs by {difference:.1e} in the file; factors in float32 do not round the change"
+                f"the export is not exact: {name} differs by {difference:.1e} in the file; factors in float32 do not round"
             )
         weight = work.get_parameter(name)
         weight.data += product.to(weight.device)

@@ -32,6 +32,7 @@ __all__ = [
     "refuse",
     "size_of",
     "target_modules",
+    "write_card",
     "write_marker",
 ]
 
@@ -66,7 +67,7 @@ def export_peft(
         safetensors.torch.save_file(dict(build(differences(delta, model))), folder / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(folder))
         check = compare_stock(delta, model, folder, tokenizer)
-        (folder / "README.md").write_text(_card(delta, figures["to"]), encoding="utf-8")
+        write_card(folder, delta, figures["to"])
         return write_marker(folder, directory, delta, {**figures, **check})
 
 
@@ -86,7 +87,9 @@ def compare_stock(delta: Delta, model: Any, folder: Path, tokenizer: Any = None)
 
 def write_marker(folder: Path, directory: str | os.PathLike[str], delta: Delta, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Leave the export's figures in its folder and return them, with the path it will have."""
-    result = {**figures, "bytes": size_of(folder), "compact_bytes": delta.nbytes, "method": delta.method}
+    dtype = str(next(iter(delta.values.values())).dtype).removeprefix("torch.")
+    sizes = {"bytes": size_of(folder), "compact_bytes": delta.nbytes}
+    result = {**figures, **sizes, "base_dtype": dtype, "method": delta.method}
     (folder / MARKER).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return {"path": str(directory), **result}
 
@@ -164,8 +167,10 @@ def load_stock(model: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-def _card(delta: Delta, kind: str) -> str:
-    return _CARD.format(base=delta.base or "BASE", kind=kind.upper(), tag=kind, method=json.dumps(delta.method))
+def write_card(folder: Path, delta: Delta, kind: str, how: str = "and checked against it at export") -> None:
+    """Write the model card of a folder that PEFT loads."""
+    fields = {"base": delta.base or "BASE", "kind": kind.upper(), "tag": kind, "method": json.dumps(delta.method), "how": how}
+    (folder / "README.md").write_text(_CARD.format(**fields), encoding="utf-8")
 
 
 _CARD = """---
@@ -176,7 +181,7 @@ tags: [{tag}, intaglio]
 
 # {kind} adapter for {base}
 
-Exported by Intaglio from a sparse adapter (method `{method}`), and checked against it at export; the figures are in
+Exported by Intaglio from a sparse adapter (method `{method}`), {how}; the figures are in
 `intaglio_export.json`. PEFT alone loads it:
 
 ```python

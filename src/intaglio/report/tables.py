@@ -87,19 +87,36 @@ def _methods(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "base", result["base"]
     if "rank" in result:
-        yield "LoRA", f"rank {result['rank']} in {result['modules']} modules"
+        filled = f", {result['filled']} of them zeros" if result.get("filled") else ""
+        kind = f"GGUF LoRA for {result['architecture']}" if "architecture" in result else "LoRA"
+        yield kind, f"rank {result['rank']} in {result['modules']} modules{filled}"
     if "sparsity" in result:
         padding = f"{result['padded'] - result['entries']:,} places of padding"
         yield "SUPERTUNING", f"sparsity {result['sparsity']:.4g}, {result['entries']:,} values and {padding}"
-    yield "size", f"{result['bytes'] / 1e6:.2f} MB (the adapter: {result['compact_bytes'] / 1e6:.2f} MB)"
-    tokens = f"{result['tokens']} greedy tokens the same" if result["tokens"] else "no tokens generated"
-    yield "checked", f"greatest difference of a logit {result['max_difference']:.1e}, {tokens}"
+    if "source_bytes" in result:
+        yield "adapter", f"{result['entries']:,} values in {result['modules']} parameters"
+        yield "size", f"{result['compact_bytes'] / 1e6:.2f} MB (the LoRA: {result['source_bytes'] / 1e6:.2f} MB)"
+    else:
+        yield "size", f"{result['bytes'] / 1e6:.2f} MB (the adapter: {result['compact_bytes'] / 1e6:.2f} MB)"
+    yield from _loss(result) if "loss" in result else _exactness(result)
     yield "written", result["path"]
-    if "rank" in result:
+    if "max_lora_rank" in result:
         names = " ".join(sorted({target.rpartition(".")[2] for target in result["targets"]}))
-        flags = f"--enable-lora --max-lora-rank {result['rank']} --lora-target-modules {names}"
+        flags = f"--enable-lora --max-lora-rank {result['max_lora_rank']} --lora-target-modules {names}"
         base = result["base"] if "/" in result["base"] else "BASE"  # the embedded model has no name that others know
         yield "vLLM", f"vllm serve {base} {flags} --lora-modules NAME={result['path']}"
+
+
+def _exactness(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    tokens = f"{result['tokens']} greedy tokens the same" if result["tokens"] else "no tokens generated"
+    yield "checked", f"greatest difference of a logit {result['max_difference']:.1e}, {tokens}"
+
+
+def _loss(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "NOT EXACT", f"{result['loss']:.3%} of what the adapter does is lost (allowed: {result['max_loss']:.1%})"
+    kl = f"KL {result['kl']:.1e} of {result['kl_of_adapter']:.1e} nats per token, over {result['text_tokens']:,} tokens"
+    yield "measured", f"{kl}; the same best token at {result['same_token']:.1%}"
+    yield "singular values", f"{result['frobenius']:.1%} of ‖tuned − base‖ is lost; by module in approximation.json"
 
 
 def _prune(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
