@@ -187,6 +187,48 @@ def inspect(
 
 
 @app.command()
+def doctor(
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="adapter folders, or NAME=FOLDER; runs and exports too", metavar="ADAPTER…")
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="say how engines serve the adapters rightly, or why not")] = False,
+    engine: Annotated[str | None, typer.Option(help="vllm, sglang, llama.cpp or lorax; default all of them")] = None,
+    base: Annotated[str | None, typer.Option(help="base model; default the one the adapters name")] = None,
+    slots: Annotated[int | None, typer.Option(help="adapters in one batch; default all, at most 8")] = None,
+    command: Annotated[str | None, typer.Option(help="command line of a server that runs already, to check against")] = None,
+    version: Annotated[str | None, typer.Option("--engine-version", help="default the installed one")] = None,
+    device: Annotated[str | None, typer.Option(help="gpu or cpu; default what the installed engine is built for")] = None,
+    reload: Annotated[bool, typer.Option("--reload", help="the adapters' weights changed since the server loaded them")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print the exact command line with which an engine serves adapters, or why it would serve them wrongly.
+
+    Nothing is started and no weights of the base are read. Exit code 1 where the engine (without --engine: every one) is
+    refused.
+
+    Examples:
+
+        intaglio doctor --serve exports/demo-lora --engine vllm
+        intaglio doctor --serve runs/demo exports/other-lora
+        intaglio doctor --serve new-lora --engine vllm --command "vllm serve base --enable-lora --max-lora-rank 64"
+    """
+
+    def work() -> dict[str, Any]:
+        if not serve:
+            raise ValueError("doctor: say what to look at: intaglio doctor --serve ADAPTER…")
+        from .serve.doctor import examine
+
+        options = {"base": base, "slots": slots, "command": command, "version": version, "device": device, "reload": reload}
+        return examine(adapters or [], engine, **options)
+
+    result = _guarded(work, debug)
+    _finish(result, as_json, "doctor")
+    if result["refused"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def prune(
     run: Annotated[Path, typer.Argument(help="folder of a finished run: LoRA, trained with the schedule ist", metavar="RUN")],
     layers: Annotated[int, typer.Option("--layers", help="how many of the most important layers to keep", metavar="K")],

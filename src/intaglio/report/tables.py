@@ -16,7 +16,7 @@ _TOP = 10  # layers shown of those that trained in turn
 
 
 def show(kind: str, result: dict[str, Any]) -> None:
-    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect, prune."""
+    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect, prune, doctor."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _ROWS[kind](result):
         table.add_row(label, text, style="bold" if label.isupper() else None)
@@ -117,6 +117,23 @@ def _loss(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     kl = f"KL {result['kl']:.1e} of {result['kl_of_adapter']:.1e} nats per token, over {result['text_tokens']:,} tokens"
     yield "measured", f"{kl}; the same best token at {result['same_token']:.1%}"
     yield "singular values", f"{result['frobenius']:.1%} of ‖tuned − base‖ is lost; by module in approximation.json"
+
+
+def _doctor(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "base", result["base"] or "not named"
+    for adapter in result["adapters"]:
+        rank = "" if adapter["rank"] is None else f", rank {adapter['rank']} in {adapter['modules']} modules"
+        yield adapter["name"], f"{adapter['path']}: {adapter['form']}{rank}"
+    for name, engine in result["engines"].items():
+        yield name.upper(), "REFUSED" if engine["refused"] else "serves them rightly"
+        yield from (("", reason) for reason in engine["refused"])
+        yield from (("first", step) for step in engine["first"])
+        if engine["command"] is not None:
+            yield "then" if engine["first"] else "start", engine["command"]
+        if "bytes" in engine:
+            each = f"{engine['slots']} slots of {engine['slot_bytes'] / 1e6:.1f} MB, rank {engine['rank']}"
+            yield "memory", f"{engine['bytes'] / 1e6:.1f} MB: {each}"
+        yield from (("note", caution) for caution in engine["cautions"])
 
 
 def _prune(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -232,4 +249,5 @@ _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str]]]] = {
     "export": _export,
     "inspect": _inspect,
     "prune": _prune,
+    "doctor": _doctor,
 }
