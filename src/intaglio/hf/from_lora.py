@@ -126,8 +126,8 @@ def to_delta(
     """Write the sparse adapter that a one-hot LoRA is: the inverse of `to_lora`, whatever its layout.
 
     Tuned values are base + B·A in fp32, rounded to the base's type. They are those of the adapter that was exported, bit for
-    bit, unless its factors were rounded (`dtype`), or, in an fp32 base, base and change are so far apart that no sum of two
-    fp32 numbers gives the tuned value.
+    bit, where that export's `rounded` is 0: always in bfloat16 and float16. In an fp32 base a tuned value much smaller than
+    the base's cannot be a sum of two fp32 numbers; it comes back as close as fp32 allows.
 
     Args:
         lora: of `read_lora`.

@@ -13,7 +13,7 @@ from ..delta import Delta
 from ..selection import Selection, Slices
 from ..structure import is_transposed
 from .equivalence import InexactExport
-from .stock import export_peft, linear_owners, refuse, target_modules
+from .stock import count_rounded, differences, export_peft, linear_owners, refuse, target_modules
 
 __all__ = ["RANKS", "factors", "largest", "lora_rank", "refuse_both", "refuse_unsliced", "to_lora"]
 
@@ -54,8 +54,8 @@ def to_lora(
         overwrite: replace an earlier export; default False.
 
     Returns:
-        path, rank, max_lora_rank (vLLM's), modules, filled (those of zeros), targets, bytes, compact_bytes,
-        max_difference, tolerance, tokens.
+        path, rank, max_lora_rank (vLLM's), modules, filled (those of zeros), targets, rounded (values that base + D misses
+        in the base's type; 0 in bfloat16 and float16), bytes, compact_bytes, max_difference, tolerance, tokens.
 
     Raises:
         ValueError: where the delta holds anything but slices of linear weights, or more of one module than rank 512;
@@ -75,20 +75,17 @@ def to_lora(
     filled = _siblings({path for path, _ in owners.values()}, model) if fill_layers else {}
     ranks |= dict.fromkeys(filled, padded)
 
-    def build(changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors = {}
-        for name, (path, module) in owners.items():
-            tensors |= _named(path, factors(delta, name, changes[name], ranks[path], is_transposed(module)), dtype)
-        for path, (inputs, outputs) in filled.items():
-            tensors |= _named(path, (torch.zeros(padded, inputs), torch.zeros(outputs, padded)), dtype)
-        return tensors
-
+    changes, tensors = {name: change.to(dtype) for name, change in differences(delta, model).items()}, {}
+    for name, (path, module) in owners.items():
+        tensors |= _named(path, factors(delta, name, changes[name], ranks[path], is_transposed(module)), dtype)
+    for path, (inputs, outputs) in filled.items():
+        tensors |= _named(path, (torch.zeros(padded, inputs), torch.zeros(outputs, padded)), dtype)
     transposed = any(is_transposed(module) for _, module in owners.values())
     config = _config(delta, model, ranks, transposed)
     figures = {"to": "lora", "rank": config.r, "max_lora_rank": padded, "modules": len(ranks), "filled": len(filled)}
-    figures["targets"] = config.target_modules
+    figures |= {"targets": config.target_modules, "rounded": count_rounded(delta, model, changes)}
     try:
-        return export_peft(delta, model, directory, config, build, tokenizer=tokenizer, overwrite=overwrite, figures=figures)
+        return export_peft(delta, model, directory, config, tensors, tokenizer=tokenizer, overwrite=overwrite, figures=figures)
     except InexactExport as error:
         rounded = "" if dtype == torch.float32 else f"; factors in {dtype} round the change, float32 does not"
         raise InexactExport(f"{error}{rounded}") from error

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "compare_stock",
+    "count_rounded",
     "differences",
     "export_peft",
     "linear_owners",
@@ -42,7 +43,7 @@ def export_peft(
     model: Any,
     directory: str | os.PathLike[str],
     config: PeftConfig,
-    build: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    tensors: Mapping[str, Tensor],
     *,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -55,7 +56,7 @@ def export_peft(
         model: the base; it is copied once and stays as it is.
         directory: the new folder.
         config: of the PEFT method.
-        build: from name → tuned minus base value (fp32, compact) to the tensors of adapter_model.safetensors.
+        tensors: of adapter_model.safetensors.
         tokenizer: for prompts of text; without one prompts are drawn.
         overwrite: replace an earlier export.
         figures: for the result; `to` says what is exported.
@@ -64,7 +65,7 @@ def export_peft(
         ValueError: for another base, a target that exists, or an export that is not exact.
     """
     with staged(directory, overwrite=overwrite) as folder:
-        safetensors.torch.save_file(dict(build(differences(delta, model))), folder / WEIGHTS, {"format": "pt"})
+        safetensors.torch.save_file(dict(tensors), folder / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(folder))
         check = compare_stock(delta, model, folder, tokenizer)
         write_card(folder, delta, figures["to"])
@@ -156,6 +157,15 @@ def _change(tuned: Tensor, base: Tensor) -> Tensor:
         better = ((wide + plain).to(tuned.dtype) != tuned) & ((wide + neighbour).to(tuned.dtype) == tuned)
         change = torch.where(better, neighbour, change)
     return change
+
+
+def count_rounded(delta: Delta, model: nn.Module, changes: Mapping[str, Tensor]) -> int:
+    """How many values base + change misses in the base's type: none but where fp32 cannot hold both; see `_change`."""
+    parameters, count = dict(model.named_parameters()), 0
+    for name, entries in delta.selection.items():
+        tuned, base = delta.values[name].cpu(), entries.to(parameters[name].device).gather(parameters[name]).cpu()
+        count += int(((base.float() + changes[name].float()).to(tuned.dtype) != tuned).sum())
+    return count
 
 
 def load_stock(model: Any, folder: Path) -> Any:

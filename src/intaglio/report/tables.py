@@ -17,6 +17,9 @@ _TOP = 10  # layers shown of those that trained in turn
 
 def show(kind: str, result: dict[str, Any]) -> None:
     """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect, prune, doctor."""
+    if kind == "doctor":  # its commands are copied: no wrapping
+        print("\n".join(f"{label:<12}{text}" for label, text in _doctor(result)))
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _ROWS[kind](result):
         table.add_row(label, text, style="bold" if label.isupper() else None)

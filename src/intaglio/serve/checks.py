@@ -77,7 +77,7 @@ def _as_lora(adapter: Candidate, plan: Plan, base: str) -> tuple[Candidate, list
 
 
 def _converted(adapter: Candidate, base: str) -> tuple[Candidate, list[str]]:
-    """Our own LoRA goes back through the adapter it came from; any other through llama.cpp's converter, which checks stay with."""
+    """Our own LoRA goes back through the adapter it came from; any other through llama.cpp's converter."""
     target = Path(f"{adapter.path}-gguf")
     if not adapter.exported:
         return replace(adapter, path=target), [f"python convert_lora_to_gguf.py {adapter.path} --outfile {target}/{FILE}"]
@@ -99,7 +99,7 @@ def _form(adapter: Candidate, plan: Plan) -> Iterator[str]:
     elif adapter.form == "delta":
         widest = max(adapter.modules, key=lambda path: adapter.modules[path].rank)
         yield (
-            f"{widest} has {adapter.rank} chosen slices, which needs that rank; {plan.engine.name} is served up to rank {RANKS[-1]}: "
+            f"{widest} has {adapter.rank} chosen slices, which needs that rank; the export takes at most {RANKS[-1]}, as vLLM: "
             "train fewer units of it, or export with --to approximate-lora or --to merged"
         )
 
