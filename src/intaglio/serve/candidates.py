@@ -122,6 +122,8 @@ def _delta(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
 
 
 def _lora(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        raise ValueError(f"{folder}: damaged: its config names no r and lora_alpha")
     shapes, other = {}, []
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
