@@ -19,7 +19,7 @@ from intaglio.hf.equivalence import InexactExport
 from intaglio.hf.from_lora import read_lora, to_delta
 from intaglio.hf.lora import to_lora
 from intaglio.hf.staging import MARKER
-from intaglio.hf.stock import differences
+from intaglio.hf.stock import EXACT, differences
 from intaglio.selection import Selection, Slices
 
 BOTH = S2FT(q=0.25, v=0.5, o=0.5, up=0.25, down=0.25)
@@ -113,13 +113,19 @@ LAYOUTS = {"uniform": {}, "ragged": {"ragged": True}, "filled": {"fill_layers": 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["gqa_llama", "head_dim_qwen3", "transposed_gpt2", "fused_phi3", "tied_llama"])
 def test_delta_to_lora_and_back_is_the_same_delta(tmp_path, name, dtype, layout):
-    """In fp32 with small steps: a value that shrinks to a fraction of the base's is no sum of two fp32 numbers."""
-    base, delta = tuned(name, BOTH, dtype, lr=1e-2 if dtype == BF16 else 1e-5)
+    """In fp32 with values between half and twice the base's, whose difference is an fp32 number."""
+    base, delta = tuned(name, BOTH, dtype)
+    if dtype == FP32:
+        factors = torch.Generator().manual_seed(0)
+        for parameter, entries in delta.selection.items():
+            original = entries.gather(base.get_parameter(parameter))
+            delta.values[parameter] = original * torch.empty_like(original).uniform_(0.6, 1.9, generator=factors)
     before = {key: t.clone() for key, t in base.state_dict().items()}
     exported = to_lora(delta, base, tmp_path / "lora", **LAYOUTS[layout])
     result = to_delta(read_lora(tmp_path / "lora"), base, tmp_path / "back")
     back = Delta.load(tmp_path / "back")
     assert exported["rounded"] == 0
+    assert not (tmp_path / "lora" / EXACT).exists()
     assert same_delta(back, delta)
     assert list(back.selection) == [n for n, _ in base.named_parameters() if n in delta.selection]
     assert back.method == delta.method
@@ -128,18 +134,38 @@ def test_delta_to_lora_and_back_is_the_same_delta(tmp_path, name, dtype, layout)
     assert all(torch.equal(t, before[key]) for key, t in base.state_dict().items())
 
 
-def test_values_that_no_sum_gives_are_counted(tmp_path):
-    """Large steps in fp32: as many values come back different as the export said, each by less than rounding of the change."""
-    base, delta = tuned("gqa_llama", BOTH, lr=1e-2)
-    exported = to_lora(delta, base, tmp_path / "lora")
-    to_delta(read_lora(tmp_path / "lora"), base, tmp_path / "back")
-    back, different = Delta.load(tmp_path / "back"), 0
+def test_values_that_no_sum_gives_come_back_too(tmp_path):
+    """Large steps in fp32, and factors in bfloat16: what base + change misses by a bit is noted beside the LoRA."""
+    base, delta = tuned("gqa_llama", BOTH)
+    small = handmade(tiny.build("gqa_llama", dtype=BF16), some_layers(base), change=1e-3)
+    small_base = tiny.build("gqa_llama", dtype=BF16)
+    for name, (one, model, dtype) in {"fp32": (delta, base, FP32), "bf16": (small, small_base, BF16)}.items():
+        exported = to_lora(one, model, tmp_path / name, dtype=dtype)
+        to_delta(read_lora(tmp_path / name), model, tmp_path / f"{name}-back")
+        assert same_delta(Delta.load(tmp_path / f"{name}-back"), one)
+        assert (tmp_path / name / EXACT).exists() == (exported["rounded"] > 0)
+    assert to_lora(delta, base, tmp_path / "again")["rounded"] > 0
+    (tmp_path / "again" / EXACT).unlink()  # lost on the way: a last bit
+    to_delta(read_lora(tmp_path / "again"), base, tmp_path / "close")
+    back = Delta.load(tmp_path / "close")
+    assert not same_delta(back, delta)
     for name, values in delta.values.items():
-        different += int((back.values[name] != values).sum())
         change = (values - delta.selection[name].gather(base.get_parameter(name))).abs()
         assert ((back.values[name] - values).abs() <= change * 2**-23).all()
-    assert different == exported["rounded"] > 0
-    assert different < 0.2 * delta.selection.size
+
+
+@pytest.mark.parametrize("spoil", ["values", "index", "outside"])
+def test_noted_values_that_do_not_fit_are_refused(tmp_path, spoil):
+    base, delta = tuned("gqa_llama", BOTH)
+    to_lora(delta, base, tmp_path / "lora")
+    path = tmp_path / "lora" / EXACT
+    tensors = safetensors.torch.load_file(path)
+    key = next(key for key in tensors if key.endswith(".values" if spoil == "values" else ".index"))
+    tensors[key] = tensors[key] + {"values": 1.0, "index": 1, "outside": 10**6}[spoil]
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"damaged, or of another adapter"):
+        to_delta(read_lora(tmp_path / "lora"), base, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def test_partial_layers_come_back_without_the_filling(tmp_path):
@@ -162,10 +188,7 @@ def test_slices_that_did_not_change_come_back_too(tmp_path):
 
 
 def test_a_change_is_chosen_so_that_the_sum_is_the_tuned_value():
-    """fp32: tuned − base rounds, and base + (tuned − base) may miss the tuned value by a bit; a neighbour of it does not.
-
-    Only where the change is greater than the tuned value is there no such neighbour.
-    """
+    """fp32: tuned − base rounds, and base + (tuned − base) may miss the tuned value by a bit; a neighbour may not."""
     torch.manual_seed(0)
     base = tiny.build("gqa_llama")
     name = "model.layers.0.mlp.down_proj.weight"
@@ -174,9 +197,8 @@ def test_a_change_is_chosen_so_that_the_sum_is_the_tuned_value():
     values = original * torch.empty_like(original).uniform_(0.2, 4)
     delta = Delta(Selection({name: entries}), {name: values}, {name: ""})
     found = differences(delta, base)[name]
-    missed = original + found != values
-    assert (found.abs()[missed] > values.abs()[missed]).all()
-    assert missed.sum() < (original + (values - original) != values).sum()
+    missed, plain = ((original + change != values).sum() for change in (found, values - original))
+    assert missed < plain / 2
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -399,17 +421,17 @@ def test_pefts_own_conversion_takes_our_adapters(tmp_path):
     """`save_as_lora` on a PeftModel of a Delta folder with targets; transposed layers too."""
     from intaglio.hf import DeltaConfig
 
-    for name, targets in (("gqa_llama", ["o_proj", "v_proj"]), ("transposed_gpt2", ["c_fc"])):
+    for name, targets in (("gqa_llama", ["o_proj", "up_proj"]), ("transposed_gpt2", ["c_fc"])):
         config = DeltaConfig(
             method={"name": "random", "budget": 0.02, "include": ["*weight"]}, target_modules=targets, init_weights=False
         )
         model = get_peft_model(tiny.build(name), config)
-        save_as_lora(tmp_path / name, model, rank=16)
+        save_as_lora(tmp_path / name, model, rank=32)
         rewrite(tmp_path / name, fan_in_fan_out=name == "transposed_gpt2")
         expected, found = model.merge_and_unload().state_dict(), merged(tiny.build(name), tmp_path / name)
         changed = 0
         for key, tensor in expected.items():
-            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-2)
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5)
             changed += not torch.equal(tensor, tiny.build(name).state_dict()[key])
         assert changed
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from ..adapter_folder import WEIGHTS, read_config
@@ -22,7 +23,7 @@ from ..slots import fingerprint
 from ..structure import is_transposed
 from .equivalence import InexactExport, answer, applied, compare, prompts
 from .staging import MARKER, staged
-from .stock import load_stock, size_of, write_marker
+from .stock import EXACT, load_stock, size_of, write_marker
 
 __all__ = ["Picks", "StockLora", "picks", "read_lora", "to_delta"]
 
@@ -38,12 +39,14 @@ class StockLora:
         config: adapter_config.json.
         modules: module path → (A `[r, in]`, B `[out, r]`), as stored.
         exported: the figures of our export, where it is one; else empty.
+        exact: tuned values that base + B·A misses by a last bit, which our export keeps (`stock.missed`).
         path: the folder.
     """
 
     config: Mapping[str, Any]
     modules: Mapping[str, tuple[Tensor, Tensor]]
     exported: Mapping[str, Any]
+    exact: Mapping[str, Tensor]
     path: Path
 
     @property
@@ -95,7 +98,8 @@ def read_lora(folder: str | os.PathLike[str]) -> StockLora:
         exported = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{marker}: damaged, not JSON ({error})") from error
-    return StockLora(config, _modules(path), exported, path)
+    exact = _tensors(path / EXACT) if exported and (path / EXACT).is_file() else {}
+    return StockLora(config, _modules(path), exported, exact, path)
 
 
 def picks(lora: StockLora, path: str) -> Picks | None:
@@ -125,9 +129,8 @@ def to_delta(
 ) -> dict[str, Any]:
     """Write the sparse adapter that a one-hot LoRA is: the inverse of `to_lora`, whatever its layout.
 
-    Tuned values are base + B·A in fp32, rounded to the base's type. They are those of the adapter that was exported, bit for
-    bit, where that export's `rounded` is 0: always in bfloat16 and float16. In an fp32 base a tuned value much smaller than
-    the base's cannot be a sum of two fp32 numbers; it comes back as close as fp32 allows.
+    Tuned values are base + B·A in fp32, rounded to the base's type, or what our export noted where that misses one by a last
+    bit: those of the adapter that was exported, bit for bit.
 
     Args:
         lora: of `read_lora`.
@@ -182,11 +185,15 @@ def _beyond(config: Mapping[str, Any]) -> str | None:
     return f"init_lora_weights={start!r}" if isinstance(start, str) and start.lower().startswith(_CHANGING) else None
 
 
-def _modules(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS}: missing or damaged ({error})") from error
+        raise ValueError(f"{path}: missing or damaged ({error})") from error
+
+
+def _modules(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    tensors = _tensors(folder / WEIGHTS)
     paths = [key.removeprefix(_KEY).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     keys = {f"{_KEY}{path}.lora_{letter}.weight" for path in paths for letter in "AB"}
     if not paths or keys != tensors.keys():
@@ -220,11 +227,28 @@ def _delta(lora: StockLora, model: Any) -> Delta:
         entries = Slices(tuple(weight.shape), int(picked.reads != transposed), picked.index)
         base = entries.to(weight.device).gather(weight).cpu()
         name, change = f"{path}.weight", picked.change.T if transposed else picked.change
-        selection[name], values[name], prints[name] = entries, (base.float() + change).to(base.dtype), fingerprint(base)
+        tuned = _corrected(lora, name, (base.float() + change).to(base.dtype), change)
+        selection[name], values[name], prints[name] = entries, tuned, fingerprint(base)
     if not selection:
         raise ValueError(f"{lora.path}: changes nothing: all its factors are zero")
     method, total = lora.exported.get("method"), sum(parameter.numel() for parameter in parameters.values())
     return Delta(Selection(selection), values, prints, method if isinstance(method, dict) else {}, lora.base, total)
+
+
+def _corrected(lora: StockLora, name: str, values: Tensor, change: Tensor) -> Tensor:
+    """Values with those replaced that the export noted, none of which is further away than rounding of the change."""
+    index, exact = lora.exact.get(f"{name}.index"), lora.exact.get(f"{name}.values")
+    if index is None or exact is None or exact.dtype != values.dtype:
+        return values
+    corrected = values.clone().flatten()
+    near = change.abs().flatten() * 2**-7 + values.float().abs().flatten() * 2**-7
+    known = index.dtype == torch.int64 and index.shape == exact.shape and 0 <= int(index.min()) <= int(index.max()) < near.numel()
+    if not known or not bool(((exact - corrected[index]).float().abs() <= near[index]).all()):
+        raise ValueError(
+            f"{lora.path / EXACT}: {name}: damaged, or of another adapter; without this file values may miss a last bit"
+        )
+    corrected[index] = exact
+    return corrected.view_as(values)
 
 
 def _in_order(lora: StockLora, parameters: Mapping[str, nn.Parameter]) -> list[str]:

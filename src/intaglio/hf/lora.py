@@ -13,7 +13,7 @@ from ..delta import Delta
 from ..selection import Selection, Slices
 from ..structure import is_transposed
 from .equivalence import InexactExport
-from .stock import count_rounded, differences, export_peft, linear_owners, refuse, target_modules
+from .stock import differences, export_peft, linear_owners, missed, refuse, target_modules
 
 __all__ = ["RANKS", "factors", "largest", "lora_rank", "refuse_both", "refuse_unsliced", "to_lora"]
 
@@ -55,7 +55,8 @@ def to_lora(
 
     Returns:
         path, rank, max_lora_rank (vLLM's), modules, filled (those of zeros), targets, rounded (values that base + D misses
-        in the base's type; 0 in bfloat16 and float16), bytes, compact_bytes, max_difference, tolerance, tokens.
+        by a last bit, kept for `to_delta` in a file beside; 0 in bfloat16), bytes, compact_bytes, max_difference, tolerance,
+        tokens.
 
     Raises:
         ValueError: where the delta holds anything but slices of linear weights, or more of one module than rank 512;
@@ -83,9 +84,10 @@ def to_lora(
     transposed = any(is_transposed(module) for _, module in owners.values())
     config = _config(delta, model, ranks, transposed)
     figures = {"to": "lora", "rank": config.r, "max_lora_rank": padded, "modules": len(ranks), "filled": len(filled)}
-    figures |= {"targets": config.target_modules, "rounded": count_rounded(delta, model, changes)}
+    exact, common = missed(delta, model, changes), {"tokenizer": tokenizer, "overwrite": overwrite}
+    figures |= {"targets": config.target_modules, "rounded": sum(t.numel() for key, t in exact.items() if key.endswith(".index"))}
     try:
-        return export_peft(delta, model, directory, config, tensors, tokenizer=tokenizer, overwrite=overwrite, figures=figures)
+        return export_peft(delta, model, directory, config, tensors, figures=figures, exact=exact, **common)
     except InexactExport as error:
         rounded = "" if dtype == torch.float32 else f"; factors in {dtype} round the change, float32 does not"
         raise InexactExport(f"{error}{rounded}") from error

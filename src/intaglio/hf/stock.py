@@ -24,18 +24,22 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 __all__ = [
+    "EXACT",
     "compare_stock",
-    "count_rounded",
     "differences",
     "export_peft",
     "linear_owners",
     "load_stock",
+    "missed",
     "refuse",
     "size_of",
     "target_modules",
     "write_card",
     "write_marker",
 ]
+
+
+EXACT = "intaglio_exact.st"  # safetensors, by a name that no engine takes for weights
 
 
 def export_peft(
@@ -48,6 +52,7 @@ def export_peft(
     tokenizer: Any = None,
     overwrite: bool = False,
     figures: Mapping[str, Any],
+    exact: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write config and tensors, load them with PEFT onto a copy of the base, compare in fp32, then rename into place.
 
@@ -60,12 +65,15 @@ def export_peft(
         tokenizer: for prompts of text; without one prompts are drawn.
         overwrite: replace an earlier export.
         figures: for the result; `to` says what is exported.
+        exact: what `missed` gives, written beside where there is any.
 
     Raises:
         ValueError: for another base, a target that exists, or an export that is not exact.
     """
     with staged(directory, overwrite=overwrite) as folder:
         safetensors.torch.save_file(dict(tensors), folder / WEIGHTS, {"format": "pt"})
+        if exact:
+            safetensors.torch.save_file(dict(exact), folder / EXACT)
         config.save_pretrained(str(folder))
         check = compare_stock(delta, model, folder, tokenizer)
         write_card(folder, delta, figures["to"])
@@ -159,13 +167,22 @@ def _change(tuned: Tensor, base: Tensor) -> Tensor:
     return change
 
 
-def count_rounded(delta: Delta, model: nn.Module, changes: Mapping[str, Tensor]) -> int:
-    """How many values base + change misses in the base's type: none but where fp32 cannot hold both; see `_change`."""
-    parameters, count = dict(model.named_parameters()), 0
+def missed(delta: Delta, model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tuned values that base + change does not give in the base's type, which the way back needs; see `EXACT`.
+
+    In bfloat16 and float16 there are none unless the factors are rounded; in fp32 a few, by a last bit: a value that shrinks
+    to a fraction of the base's is no sum of two fp32 numbers.
+
+    Returns:
+        `NAME.index`, offsets into the flattened compact values, and `NAME.values`, for each parameter with any.
+    """
+    parameters, found = dict(model.named_parameters()), {}
     for name, entries in delta.selection.items():
         tuned, base = delta.values[name].cpu(), entries.to(parameters[name].device).gather(parameters[name]).cpu()
-        count += int(((base.float() + changes[name].float()).to(tuned.dtype) != tuned).sum())
-    return count
+        index = ((base.float() + changes[name].float()).to(tuned.dtype) != tuned).flatten().nonzero().flatten()
+        if index.numel():
+            found |= {f"{name}.index": index, f"{name}.values": tuned.flatten()[index].contiguous()}
+    return found
 
 
 def load_stock(model: Any, folder: Path) -> Any:
