@@ -19,7 +19,7 @@ from intaglio.hf.equivalence import InexactExport
 from intaglio.hf.from_lora import read_lora, to_delta
 from intaglio.hf.lora import to_lora
 from intaglio.hf.staging import MARKER
-from intaglio.hf.stock import EXACT, differences
+from intaglio.hf.stock import EXACT
 from intaglio.selection import Selection, Slices
 
 BOTH = S2FT(q=0.25, v=0.5, o=0.5, up=0.25, down=0.25)
@@ -185,20 +185,6 @@ def test_slices_that_did_not_change_come_back_too(tmp_path):
         to_lora(delta, base, tmp_path / f"lora{change}")
         to_delta(read_lora(tmp_path / f"lora{change}"), base, tmp_path / f"back{change}")
         assert set(Delta.load(tmp_path / f"back{change}").selection) == set(delta.selection)
-
-
-def test_a_change_is_chosen_so_that_the_sum_is_the_tuned_value():
-    """fp32: tuned − base rounds, and base + (tuned − base) may miss the tuned value by a bit; a neighbour may not."""
-    torch.manual_seed(0)
-    base = tiny.build("gqa_llama")
-    name = "model.layers.0.mlp.down_proj.weight"
-    entries = Slices((32, 48), 1, torch.arange(48))
-    original = entries.gather(base.get_parameter(name))
-    values = original * torch.empty_like(original).uniform_(0.2, 4)
-    delta = Delta(Selection({name: entries}), {name: values}, {name: ""})
-    found = differences(delta, base)[name]
-    missed, plain = ((original + change != values).sum() for change in (found, values - original))
-    assert missed < plain / 2
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from ..adapter_folder import WEIGHTS
@@ -147,24 +146,13 @@ def size_of(folder: Path) -> int:
 
 
 def differences(delta: Delta, model: nn.Module) -> dict[str, Tensor]:
-    """Name → change in fp32, compact, on the CPU: what added to the base gives the tuned value; see `_change`."""
+    """Name → tuned minus base value in fp32, compact, on the CPU."""
     parameters = dict(model.named_parameters())
     found = {}
     for name, entries in delta.selection.items():
         base = entries.to(parameters[name].device).gather(parameters[name]).cpu()
-        found[name] = _change(delta.values[name].cpu(), base)
+        found[name] = delta.values[name].float().cpu() - base.float()
     return found
-
-
-def _change(tuned: Tensor, base: Tensor) -> Tensor:
-    """Tuned − base in fp32, moved by one unit in the last place where only that makes base + change the tuned value again."""
-    wide = base.float()
-    change = plain = tuned.float() - wide
-    for limit in (torch.inf, -torch.inf):
-        neighbour = plain.nextafter(torch.full_like(plain, limit))
-        better = ((wide + plain).to(tuned.dtype) != tuned) & ((wide + neighbour).to(tuned.dtype) == tuned)
-        change = torch.where(better, neighbour, change)
-    return change
 
 
 def missed(delta: Delta, model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:

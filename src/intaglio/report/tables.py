@@ -134,7 +134,8 @@ def _doctor(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if engine["command"] is not None:
             yield "then" if engine["first"] else "start", engine["command"]
         if "bytes" in engine:
-            each = f"{engine['slots']} slots of {engine['slot_bytes'] / 1e6:.1f} MB, rank {engine['rank']}"
+            plural = "" if engine["slots"] == 1 else "s"
+            each = f"{engine['slots']} slot{plural} of {engine['slot_bytes'] / 1e6:.1f} MB, rank {engine['rank']}"
             yield "memory", f"{engine['bytes'] / 1e6:.1f} MB: {each}"
         yield from (("note", caution) for caution in engine["cautions"])
 

@@ -61,8 +61,8 @@ class Candidate:
 
     @property
     def rank(self) -> int:
-        """The greatest rank of its modules."""
-        return max(module.rank for module in self.modules.values())
+        """The greatest rank of its modules; 0 where it has none."""
+        return max((module.rank for module in self.modules.values()), default=0)
 
     @property
     def projections(self) -> set[str]:
