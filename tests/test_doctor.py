@@ -314,6 +314,16 @@ def test_a_delta_is_checked_against_a_server_by_the_rank_it_will_have(base, shel
     assert "rank 8 is above" in refused("vllm", shelf / "delta", command=command.replace("rank 8", "rank 1"))
 
 
+def test_a_running_server_is_told_what_to_load(base, shelf):
+    result = one("vllm", shelf / "plain", command=SERVER.format(base=base[0]))
+    words = shlex.split(result["load"][0])
+    assert words[:2] == ["curl", "http://localhost:PORT/v1/load_lora_adapter"]
+    assert json.loads(words[-1]) == {"lora_name": "plain", "lora_path": str(shelf / "plain")}
+    assert any("loads no adapters while it runs" in caution for caution in result["cautions"])
+    free = one("vllm", shelf / "plain", command=f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {SERVER.format(base=base[0])}")
+    assert not any("while it runs" in caution for caution in free["cautions"])
+
+
 def test_sglangs_command_line_is_read_too(base, shelf):
     command = (
         f"python -m sglang.launch_server --model-path {base[0]} --enable-lora --max-lora-rank 4 --lora-target-modules v_proj"

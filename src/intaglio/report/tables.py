@@ -133,6 +133,7 @@ def _doctor(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from (("first", step) for step in engine["first"])
         if engine["command"] is not None:
             yield "then" if engine["first"] else "start", engine["command"]
+        yield from (("load", request) for request in engine.get("load", ()))
         if "bytes" in engine:
             plural = "" if engine["slots"] == 1 else "s"
             each = f"{engine['slots']} slot{plural} of {engine['slot_bytes'] / 1e6:.1f} MB, rank {engine['rank']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,7 @@ def examine(
 
     Returns:
         base, adapters (name, path, form, rank, modules, base), engines (name → refused: reasons; first: commands to run
-        before; command; rank, targets, slots, slot_bytes, bytes; cautions), refused (whether none of them serves all).
+        before; command, or with a running server load: requests; rank, targets, slots, slot_bytes, bytes; cautions), refused (whether none of them serves all).
 
     Raises:
         ValueError: for a bad argument, or a folder that is no adapter.
@@ -166,6 +167,14 @@ def _cautions(ready: list[Candidate], plan: Plan) -> list[str]:
     others = sorted({adapter.base or "none" for adapter in ready if adapter.base != plan.base and adapter.form == "lora"})
     if plan.base and others:
         found.append(f"adapters name {', '.join(others)} as their base: see that {plan.base!r} holds the same weights")
+    running = plan.running
+    if (
+        running is not None
+        and not running.loads
+        and running.resolver is None
+        and {a.name for a in ready} - running.adapters.keys()
+    ):
+        found.append("the server loads no adapters while it runs: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
     if not plan.engine.mixes and len(ready) > 1:
         found.append('adapters are off until a request names one: "lora": [{"id": 0, "scale": 1}] is the first of them')
     return found
@@ -182,7 +191,16 @@ def _settings(ready: list[Candidate], plan: Plan, slots: int | None) -> dict[str
     if plan.outline is not None and engine.name in ("vllm", "sglang"):
         figures["slot_bytes"] = slot_bytes(plan.outline, set(targets), rank, engine)
         figures["bytes"] = figures["slot_bytes"] * wanted
+    if plan.running is not None:
+        return {"command": None, "load": [_load(adapter, engine) for adapter in ready], **figures}
     return {"command": _COMMANDS[engine.name](ready, plan.base or "BASE", figures), **figures}
+
+
+def _load(adapter: Candidate, engine: Engine) -> str:
+    """The request with which a running server loads an adapter."""
+    body = json.dumps({"lora_name": adapter.name, "lora_path": str(adapter.path.resolve())})
+    path = "/v1/load_lora_adapter" if engine.name == "vllm" else "/load_lora_adapter"
+    return shlex.join(["curl", f"http://localhost:PORT{path}", "-H", "Content-Type: application/json", "-d", body])
 
 
 def slot_bytes(base: Outline, targets: set[str], rank: int, engine: Engine) -> int:
