@@ -44,8 +44,9 @@ def examine(
         reload: whether the adapters' weights changed since the server loaded them.
 
     Returns:
-        base, adapters (name, path, form, rank, modules, base), engines (name → refused: reasons; first: commands to run
-        before; command, or with a running server load: requests; rank, targets, slots, slot_bytes, bytes; cautions), refused (whether none of them serves all).
+        base, adapters (name, path, form, rank, modules, base), engines (by name: the reasons why it is `refused`; commands to
+        run `first`; `command`, or the requests that `load` into a running server; rank, targets, slots, slot_bytes, bytes;
+        cautions), refused (whether none of them serves all).
 
     Raises:
         ValueError: for a bad argument, or a folder that is no adapter.
