@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..hf.gguf_lora import ARCHITECTURES, FILE
 from ..hf.lora import RANKS
@@ -106,12 +107,11 @@ def _form(adapter: Candidate, plan: Plan) -> Iterator[str]:
 
 def _features(adapter: Candidate, plan: Plan) -> Iterator[str]:
     for name, meaning in FEATURES.items():
-        value = adapter.config.get(name)
-        if value in _HARMLESS or (name == "init_lora_weights" and (value is True or value in _PLAIN_STARTS)):
+        value, verb = adapter.config.get(name), plan.engine.features.get(name)
+        if verb is None or value in _HARMLESS or (name == "init_lora_weights" and (value is True or value in _PLAIN_STARTS)):
             continue
         if name == "modules_to_save" and plan.engine.name == "vllm" and set(value) <= {"classifier", "score"}:
             continue
-        verb = plan.engine.features[name]
         yield f"{name}={value!r}: holds {meaning}, which {plan.engine.name} {verb}: it would not serve the trained model"
     if adapter.form == "lora" and adapter.other and not any(adapter.config.get(n) not in _HARMLESS for n in FEATURES):
         yield f"holds {adapter.other[0]}, which is no factor of a LoRA: {plan.engine.name} would serve something else"
@@ -132,9 +132,9 @@ def _patterns(adapter: Candidate, plan: Plan) -> Iterator[str]:
         yield f"has {which}, which {plan.engine.name} does not read: it fails or scales wrongly; export without --ragged"
 
 
-def _configured(ranks: dict[str, int], config: object, path: str) -> int:
+def _configured(ranks: Mapping[str, int], config: Mapping[str, Any], path: str) -> int:
     keys = (key for key in ranks if re.fullmatch(rf"(.*\.)?({key})", path))
-    return next((ranks[key] for key in keys), config["r"])  # type: ignore[index]
+    return next((ranks[key] for key in keys), config["r"])
 
 
 def _ceiling(adapter: Candidate, plan: Plan) -> Iterator[str]:

@@ -27,6 +27,9 @@ FEATURES = {
 }
 _REFUSED = dict.fromkeys(FEATURES, "refuses")
 _IGNORED = dict.fromkeys(FEATURES, "does not read")
+# llama.cpp's converter stops at tensors that are no factors, and passes aLoRA's tokens on.
+_CONVERTER = {name: verb for name, verb in _IGNORED.items() if name != "alora_invocation_tokens"}
+_CONVERTER |= dict.fromkeys(("use_dora", "bias", "lora_bias", "modules_to_save"), "refuses")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -47,7 +50,7 @@ class Engine:
         rslora: whether it reads `use_rslora`.
         partial: whether a projection may be absent from some layers.
         mixes: whether requests of different adapters run in one batch.
-        features: field of `FEATURES` → what the engine does with it.
+        features: field of `FEATURES` → what the engine does with it; absent where it computes it.
         fused: projections that it keeps as one, so that memory for one is memory for all.
         base_slots: slots that requests for the base take.
         cached_by_path: whether cached prompts are told apart by the adapter's name and path only.
@@ -109,6 +112,7 @@ ENGINES = {
             form="gguf",
             rslora=False,
             mixes=False,
+            features=_CONVERTER,
             cautions=("requests with different adapters are not batched together",),
         ),
         Engine(
