@@ -162,17 +162,17 @@ def _precheck(to: str, source: Any, options: Options) -> None:
 
 
 def _base_dtype(to: str, source: Any, options: Options) -> Any:
-    """The type to load the base in: the one that the values were trained in, since any other would be refused."""
+    """The type to load the base in: the one that the values were trained in, as any other is refused; None for its own."""
     import torch
 
     if to != "delta":
         return next(iter(source.values.values())).dtype
     name = options.dtype or source.exported.get("base_dtype")
-    return getattr(torch, name) if name in DTYPES else "auto"
+    return getattr(torch, name) if name in DTYPES else None
 
 
 def _source(source: Any, adapter: Path, run: dict[str, Any] | None, base: str | None, dtype: Any) -> _Source:
-    arguments = {"dtype": dtype}
+    arguments = {} if dtype is None else {"dtype": dtype}
     if base is not None:
         return _Source(base, arguments)
     if run is not None:
