@@ -115,6 +115,8 @@ def _noise(model: Any, method: Any) -> Any:
 
 def _write_in_base_order(module: Any, delta: Any, model: Any, path: Path) -> None:
     """What a writer that knows nothing of rotary rows would write."""
+    import torch
+
     from intaglio.hf.lora import factors
     from intaglio.hf.stock import differences
 
@@ -125,8 +127,6 @@ def _write_in_base_order(module: Any, delta: Any, model: Any, path: Path) -> Non
     for name, change in changes.items():
         rank = delta.selection[name].index.numel()
         pairs[names[name.removesuffix(".weight")]] = factors(delta, name, change, rank, False)
-    import torch
-
     module._write(path, architecture, pairs, torch.float32, None)
 
 
@@ -183,7 +183,7 @@ def _with_xllamacpp(asked: dict[str, Any], file: str | None, ids: list[int]) -> 
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = asked["base"]
-    parameters.n_ctx, parameters.n_parallel, parameters.warmup = 256, 1, False
+    parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.port = 256, 1, False, 0
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     if file is not None:

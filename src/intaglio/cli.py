@@ -219,8 +219,8 @@ def doctor(
             raise ValueError("doctor: say what to look at: intaglio doctor --serve ADAPTER…")
         from .serve.doctor import examine
 
-        options = {"base": base, "slots": slots, "command": command, "version": version, "device": device, "reload": reload}
-        return examine(adapters or [], engine, **options)
+        against = {"command": command, "version": version, "device": device}
+        return examine(adapters or [], engine, base=base, slots=slots, reload=reload, **against)
 
     result = _guarded(work, debug)
     _finish(result, as_json, "doctor")
