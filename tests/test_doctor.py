@@ -481,6 +481,8 @@ MISTAKES = {
     "device": (["{shelf}/plain"], {"device": "tpu"}, "device='tpu': give one of gpu, cpu"),
     "whose command": (["{shelf}/plain"], {"command": "vllm serve x"}, "say with --engine whose it is"),
     "whose version": (["{shelf}/plain"], {"version": "1"}, "say with --engine whose it is"),
+    "version of sglang": (["{shelf}/plain"], {"engine": "sglang", "version": "1"}, "has no effect with sglang"),
+    "device of sglang": (["{shelf}/plain"], {"engine": "sglang", "device": "cpu"}, "has no effect with sglang, only with vllm"),
     "no version": (["{shelf}/plain"], {"engine": "vllm", "version": "new"}, "no version number"),
     "lorax's command": (["{shelf}/plain"], {"engine": "lorax", "command": "lorax-launcher"}, "is not read"),
     "quotes": (["{shelf}/plain"], {"engine": "vllm", "command": "vllm 'x"}, "no command line"),

@@ -78,6 +78,10 @@ def _check(
     given = {"command": command, "engine-version": version}
     if engine is None and (alone := [name for name, value in given.items() if value is not None]):
         raise ValueError(f"{alone[0]}={given[alone[0]]!r}: say with --engine whose it is")
+    if version is not None and engine is not None and ENGINES[engine].oldest is None:
+        raise ValueError(f"engine-version={version!r}: has no effect with {engine}, of whose versions nothing is known to differ")
+    if device is not None and engine not in (None, "vllm"):
+        raise ValueError(f"device={device!r}: has no effect with {engine}, only with vllm")
     if slots is not None and slots < 1:
         raise ValueError(f"slots={slots}: give at least 1")
     if device is not None and device not in DEVICES:
