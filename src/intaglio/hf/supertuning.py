@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..delta import Delta
 from ..selection import Entries
-from .stock import export_peft, linear_owners, refuse, target_modules
+from .stock import differences, export_peft, linear_owners, refuse, target_modules
 
 __all__ = ["to_supertuning"]
 
@@ -56,13 +55,11 @@ def to_supertuning(
     sparsity = _sparsity(list(delta.selection.values()))
     targets = target_modules({path for path, _ in owners.values()}, model)
 
-    def build(differences: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors = {}
-        for name, (path, _) in owners.items():
-            key, entries = f"base_model.model.{path}.supertuning", delta.selection[name]
-            index, values = _padded(entries, differences[name], _slots(entries.numel, sparsity))
-            tensors |= {f"{key}_indices": index, f"{key}_values": values}
-        return tensors
+    changes, tensors = differences(delta, model), {}
+    for name, (path, _) in owners.items():
+        key, entries = f"base_model.model.{path}.supertuning", delta.selection[name]
+        index, values = _padded(entries, changes[name], _slots(entries.numel, sparsity))
+        tensors |= {f"{key}_indices": index, f"{key}_values": values}
 
     from peft import SupertuningConfig
 
@@ -77,7 +74,7 @@ def to_supertuning(
     padded = sum(_slots(entries.numel, sparsity) for entries in delta.selection.values())
     figures = {"to": "supertuning", "sparsity": sparsity, "modules": len(owners), "targets": targets}
     figures |= {"entries": delta.selection.size, "padded": padded}
-    return export_peft(delta, model, directory, config, build, tokenizer=tokenizer, overwrite=overwrite, figures=figures)
+    return export_peft(delta, model, directory, config, tensors, tokenizer=tokenizer, overwrite=overwrite, figures=figures)
 
 
 def _slots(numel: int, sparsity: float) -> int:

@@ -16,7 +16,10 @@ _TOP = 10  # layers shown of those that trained in turn
 
 
 def show(kind: str, result: dict[str, Any]) -> None:
-    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect, prune."""
+    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect, prune, doctor."""
+    if kind == "doctor":  # its commands are copied: no wrapping
+        print("\n".join(f"{label:<12}{text}" for label, text in _doctor(result)))
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _ROWS[kind](result):
         table.add_row(label, text, style="bold" if label.isupper() else None)
@@ -87,19 +90,55 @@ def _methods(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "base", result["base"]
     if "rank" in result:
-        yield "LoRA", f"rank {result['rank']} in {result['modules']} modules"
+        filled = f", {result['filled']} of them zeros" if result.get("filled") else ""
+        kind = f"GGUF LoRA for {result['architecture']}" if "architecture" in result else "LoRA"
+        yield kind, f"rank {result['rank']} in {result['modules']} modules{filled}"
     if "sparsity" in result:
         padding = f"{result['padded'] - result['entries']:,} places of padding"
         yield "SUPERTUNING", f"sparsity {result['sparsity']:.4g}, {result['entries']:,} values and {padding}"
-    yield "size", f"{result['bytes'] / 1e6:.2f} MB (the adapter: {result['compact_bytes'] / 1e6:.2f} MB)"
-    tokens = f"{result['tokens']} greedy tokens the same" if result["tokens"] else "no tokens generated"
-    yield "checked", f"greatest difference of a logit {result['max_difference']:.1e}, {tokens}"
+    if "source_bytes" in result:
+        yield "adapter", f"{result['entries']:,} values in {result['modules']} parameters"
+        yield "size", f"{result['compact_bytes'] / 1e6:.2f} MB (the LoRA: {result['source_bytes'] / 1e6:.2f} MB)"
+    else:
+        yield "size", f"{result['bytes'] / 1e6:.2f} MB (the adapter: {result['compact_bytes'] / 1e6:.2f} MB)"
+    yield from _loss(result) if "loss" in result else _exactness(result)
     yield "written", result["path"]
-    if "rank" in result:
+    if "max_lora_rank" in result:
         names = " ".join(sorted({target.rpartition(".")[2] for target in result["targets"]}))
-        flags = f"--enable-lora --max-lora-rank {result['rank']} --lora-target-modules {names}"
+        flags = f"--enable-lora --max-lora-rank {result['max_lora_rank']} --lora-target-modules {names}"
         base = result["base"] if "/" in result["base"] else "BASE"  # the embedded model has no name that others know
         yield "vLLM", f"vllm serve {base} {flags} --lora-modules NAME={result['path']}"
+
+
+def _exactness(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    tokens = f"{result['tokens']} greedy tokens the same" if result["tokens"] else "no tokens generated"
+    yield "checked", f"greatest difference of a logit {result['max_difference']:.1e}, {tokens}"
+
+
+def _loss(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "NOT EXACT", f"{result['loss']:.3%} of what the adapter does is lost (allowed: {result['max_loss']:.1%})"
+    kl = f"KL {result['kl']:.1e} of {result['kl_of_adapter']:.1e} nats per token, over {result['text_tokens']:,} tokens"
+    yield "measured", f"{kl}; the same best token at {result['same_token']:.1%}"
+    yield "singular values", f"{result['frobenius']:.1%} of ‖tuned − base‖ is lost; by module in approximation.json"
+
+
+def _doctor(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "base", result["base"] or "not named"
+    for adapter in result["adapters"]:
+        rank = "" if adapter["rank"] is None else f", rank {adapter['rank']} in {adapter['modules']} modules"
+        yield adapter["name"], f"{adapter['path']}: {adapter['form']}{rank}"
+    for name, engine in result["engines"].items():
+        yield name.upper(), "REFUSED" if engine["refused"] else "serves them rightly"
+        yield from (("", reason) for reason in engine["refused"])
+        yield from (("first", step) for step in engine["first"])
+        if engine["command"] is not None:
+            yield "then" if engine["first"] else "start", engine["command"]
+        yield from (("load", request) for request in engine.get("load", ()))
+        if "bytes" in engine:
+            plural = "" if engine["slots"] == 1 else "s"
+            each = f"{engine['slots']} slot{plural} of {engine['slot_bytes'] / 1e6:.1f} MB, rank {engine['rank']}"
+            yield "memory", f"{engine['bytes'] / 1e6:.1f} MB: {each}"
+        yield from (("note", caution) for caution in engine["cautions"])
 
 
 def _prune(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -215,4 +254,5 @@ _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str]]]] = {
     "export": _export,
     "inspect": _inspect,
     "prune": _prune,
+    "doctor": _doctor,
 }
