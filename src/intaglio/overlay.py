@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor, nn
 
 from .permute import Layout
-from .selection import Entries, Slices, Whole, shared, within
+from .selection import Elements, Entries, Slices, shared, within
 from .slots import fingerprint
 
 __all__ = ["Overlay", "Piece", "Place"]
@@ -181,7 +181,7 @@ def _version(weight: Tensor) -> int:
 def _identity(entries: Entries) -> tuple[object, ...]:
     """What two equal entries of one kind have in common."""
     dim = entries.dim if isinstance(entries, Slices) else None
-    return entries.kind, dim, None if isinstance(entries, Whole) else fingerprint(entries.index)
+    return entries.kind, dim, fingerprint(entries.index) if isinstance(entries, Slices | Elements) else None
 
 
 def _pays(entries: Entries) -> bool:

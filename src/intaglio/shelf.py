@@ -190,7 +190,9 @@ class Shelf:
 def _stamp(folder: Path) -> str:
     """The hash of a folder's weights, which its config names; transformers writes configs that do not."""
     named, path = read_config(folder).get("sha256"), folder / WEIGHTS
-    return named if isinstance(named, str) or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
+    if isinstance(named, str):
+        return named
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _sizes(pieces: Iterable[Piece]) -> dict[int, int]:
