@@ -1,6 +1,10 @@
-"""The vLLM plugin without vLLM: what it recognises, how it stores it, and that the CPU's way computes what the plain twin does."""
+"""The vLLM plugin without vLLM: what it recognises and stores, and that the CPU's way computes what the plain twin does."""
 
 import random
+import sys
+import types
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -10,6 +14,7 @@ import tiny
 from intaglio import S2FT, attach
 from intaglio.hf.lora import to_lora
 from intaglio.serve.vllm import cpu, reference
+from intaglio.serve.vllm.plugin import TESTED, refusal, register
 from intaglio.serve.vllm.slots import Pool, Slots, recognise
 from vllm_tools import BATCHES, BF16, COUNTS, FP32, INPUTS, OUTPUTS, mixed, one_hot, ragged, step
 
@@ -130,7 +135,7 @@ def test_slots_keep_what_they_are_given_whatever_comes_and_goes():
             else:
                 assert index.numel() == 0
         spans = sorted(pool.span(slot) for slot in range(6) if pool.span(slot)[1])
-        assert all(a + n <= b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(spans))
     assert len(pool.index) < 2 * 6 * 12  # gaps are used again
 
 
@@ -197,3 +202,37 @@ def test_a_batch_sees_adapters_that_were_loaded_after_it_was_made():
     reference.add(expected, x, slots, slot_T)
     cpu.add(y, x, slots, batch)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+# registering
+
+
+@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "1.0"])
+def test_another_vllm_is_left_alone_with_both_versions_named(version):
+    reason = refusal("1", version)
+    assert version in reason
+    assert all(tested in reason for tested in TESTED)
+    assert "INTAGLIO_VLLM=force" in reason
+    assert refusal("force", version) is None
+
+
+def test_a_tested_vllm_is_taken_and_a_wrong_setting_named():
+    assert refusal("1", TESTED[0]) is refusal("1", f"{TESTED[0]}+cpu") is None
+    assert "INTAGLIO_VLLM='on'; give 0" in refusal("on", TESTED[0])
+
+
+def test_registering_touches_nothing_where_it_may_not(monkeypatch, caplog):
+    """With vLLM stood in for by a module of another version, which has nothing else: any further import of it would fail."""
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="9.9.9"))
+    monkeypatch.setenv("INTAGLIO_VLLM", "0")
+    register()
+    assert not caplog.records
+    monkeypatch.setenv("INTAGLIO_VLLM", "1")
+    register()
+    assert len(caplog.records) == 1
+    assert "9.9.9" in caplog.text
+
+
+def test_the_entry_point_is_the_function():
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert '[project.entry-points."vllm.general_plugins"]\nintaglio = "intaglio.serve.vllm.plugin:register"' in project

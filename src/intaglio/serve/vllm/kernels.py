@@ -163,9 +163,7 @@ def _rows_tiled(
             total = tl.zeros((TOKENS, ENTRIES), dtype=tl.float32)
             for first in range(0, inputs, INPUTS):
                 place = first + tl.arange(0, INPUTS)
-                given = tl.load(
-                    x + token[:, None] * x_step + place[None, :], mask=mine & (place < inputs)[None, :], other=0.0
-                )
+                given = tl.load(x + token[:, None] * x_step + place[None, :], mask=mine & (place < inputs)[None, :], other=0.0)
                 inside = (place < inputs)[:, None] & (entry < count)[None, :]
                 block = tl.load(values + row[None, :] + place[:, None], mask=inside, other=0.0)
                 total = tl.dot(given, block, total, input_precision="ieee")
