@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from intaglio import Delta
 from intaglio.hf.lora import to_lora
 from intaglio.hf.models import load_model, load_tokenizer
 from intaglio.selection import Selection, Slices
 from intaglio.slots import fingerprint
-from torch import Tensor
 
 TOPICS = [
     "rivers", "bees", "winter", "trains", "bread", "whales", "clocks", "gravity", "islands", "paper", "music", "deserts",

@@ -118,7 +118,7 @@ def report(measured: dict[str, Any]) -> str:
         f"**{stock['slot bytes'] / plugin['slot bytes']:.1f}×** smaller.\n",
         "## All kinds in one batch\n",
         f"{KINDS['columns']} adapters of columns, {KINDS['rows']} of rows (q, k, v, gate and up in every third layer), "
-        f"{KINDS['both']} ragged with modules absent here and there, {KINDS['ordinary']} LoRAs that are not one-hot, and the base.\n",
+        f"{KINDS['both']} ragged with modules absent here and there, {KINDS['ordinary']} ordinary LoRAs, and the base.\n",
         "| | answers as merged weights | wrong | MB per slot |",
         "|---|---:|---|---:|",
     ]
