@@ -155,7 +155,8 @@ def main() -> None:
         prepare(arguments.work, arguments.base, {k: max(TIMING.get(k, 0), n) for k, n in KINDS.items()}, arguments.tokens)
         return
     task = {"work": str(arguments.work), "tokens": arguments.tokens}
-    columns, everything = ["o_proj", "down_proj"], None
+    columns = ["o_proj", "down_proj"]
+    everything = [*columns, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
     timing = measure(LABELS, task | {"kinds": TIMING, "targets": columns, "timed": True}, arguments.rounds, one_by_one=False)
     kinds = measure(LABELS, task | {"kinds": KINDS, "targets": everything, "timed": False}, 0, one_by_one=True)
     measured = {"timing": timing, "kinds": kinds, "tokens": arguments.tokens, "device": device()}
