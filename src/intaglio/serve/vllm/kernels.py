@@ -5,11 +5,14 @@ second multiplies tiles of tokens with `tl.dot` and is for prompts: a tile makes
 that nothing has to be sorted and nothing is asked of the host. Sums are fp32 in all, a token without a slot (−1) is left as
 it is, and the rows of one adapter are distinct, so that scattering needs no atomics. `reference` is the plain twin.
 
-Tested in Triton's interpreter (`TRITON_INTERPRET=1`). No GPU has run them yet: block sizes are guesses.
+Tested in Triton's interpreter (`TRITON_INTERPRET=1`). No GPU has run them yet: block sizes are guesses. The interpreter takes
+the bits of bfloat16 for integers in `tl.dot`, so there both sides are widened to fp32 first, which changes no product.
 """
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
+
+import os
 
 import triton
 import triton.language as tl
@@ -18,6 +21,8 @@ from torch import Tensor
 from .slots import Pool, Slots
 
 __all__ = ["add", "add_columns", "add_rows"]
+
+_WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def add(y_TO: Tensor, x_TI: Tensor, slots: Slots, slot_T: Tensor, *, tiled: bool) -> None:
@@ -43,7 +48,7 @@ def add_columns(y_TO: Tensor, x_TI: Tensor, pool: Pool, slot_T: Tensor, *, tiled
     sizes = (y_TO.stride(0), x_TI.stride(0), pool.values.stride(0), outputs)
     if tiled:
         _columns_tiled[(triton.cdiv(tokens, 16), triton.cdiv(outputs, 64))](
-            *tensors, tokens, *sizes, TOKENS=16, ENTRIES=32, OUTPUTS=64
+            *tensors, tokens, *sizes, TOKENS=16, ENTRIES=32, OUTPUTS=64, WIDEN=_WIDEN
         )
     else:
         _columns[(tokens, triton.cdiv(outputs, 128))](*tensors, *sizes, ENTRIES=32, OUTPUTS=128)
@@ -58,7 +63,7 @@ def add_rows(y_TO: Tensor, x_TI: Tensor, pool: Pool, slot_T: Tensor, *, tiled: b
     sizes = (y_TO.stride(0), x_TI.stride(0), pool.values.stride(0), inputs)
     if tiled:
         _rows_tiled[(triton.cdiv(tokens, 16), triton.cdiv(pool.widest, 32))](
-            *tensors, tokens, *sizes, TOKENS=16, ENTRIES=32, INPUTS=64
+            *tensors, tokens, *sizes, TOKENS=16, ENTRIES=32, INPUTS=64, WIDEN=_WIDEN
         )
     else:
         _rows[(tokens, triton.cdiv(pool.widest, 16))](*tensors, *sizes, ENTRIES=16, INPUTS=128)
@@ -116,7 +121,7 @@ def _rows(y, x, index, values, spans, slots, y_step, x_step, values_step, inputs
 @triton.jit
 def _columns_tiled(
     y, x, index, values, spans, slots, tokens, y_step, x_step, values_step, outputs,
-    TOKENS: tl.constexpr, ENTRIES: tl.constexpr, OUTPUTS: tl.constexpr,
+    TOKENS: tl.constexpr, ENTRIES: tl.constexpr, OUTPUTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens, OUTPUTS of their outputs; one pass for each slot among them, the highest first."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -136,6 +141,8 @@ def _columns_tiled(
             row = (start + entry).to(tl.int64) * values_step
             inside = (entry < count)[:, None] & (out < outputs)[None, :]
             block = tl.load(values + row[:, None] + out[None, :], mask=inside, other=0.0)
+            if WIDEN:
+                gathered, block = gathered.to(tl.float32), block.to(tl.float32)
             total = tl.dot(gathered, block, total, input_precision="ieee")
         current = tl.max(tl.where(slot < current, slot, -1), axis=0)
     inside = (slot >= 0)[:, None] & (out < outputs)[None, :]
@@ -147,7 +154,7 @@ def _columns_tiled(
 @triton.jit
 def _rows_tiled(
     y, x, index, values, spans, slots, tokens, y_step, x_step, values_step, inputs,
-    TOKENS: tl.constexpr, ENTRIES: tl.constexpr, INPUTS: tl.constexpr,
+    TOKENS: tl.constexpr, ENTRIES: tl.constexpr, INPUTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens, ENTRIES rows of each of their adapters; one pass for each slot among them, the highest first."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -166,6 +173,8 @@ def _rows_tiled(
                 given = tl.load(x + token[:, None] * x_step + place[None, :], mask=mine & (place < inputs)[None, :], other=0.0)
                 inside = (place < inputs)[:, None] & (entry < count)[None, :]
                 block = tl.load(values + row[None, :] + place[:, None], mask=inside, other=0.0)
+                if WIDEN:
+                    given, block = given.to(tl.float32), block.to(tl.float32)
                 total = tl.dot(given, block, total, input_precision="ieee")
             chosen = tl.load(index + start + entry, mask=entry < count, other=0)
             at = y + token[:, None] * y_step + chosen[None, :]
