@@ -231,6 +231,10 @@ def test_registering_touches_nothing_where_it_may_not(monkeypatch, caplog):
     register()
     assert len(caplog.records) == 1
     assert "9.9.9" in caplog.text
+    monkeypatch.setenv("INTAGLIO_VLLM", "force")
+    register()
+    assert len(caplog.records) == 2
+    assert "vLLM 9.9.9 lacks what it builds on" in caplog.text
 
 
 def test_the_entry_point_is_the_function():

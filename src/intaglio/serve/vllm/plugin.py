@@ -25,13 +25,20 @@ def register() -> None:
     import vllm  # pyright: ignore[reportMissingImports]
 
     reason = refusal(setting, vllm.__version__)
+    try:
+        active = reason is None and _install()
+    except ImportError as error:  # only with "force": a version that has other classes
+        active, reason = False, f"vLLM {vllm.__version__} lacks what it builds on ({error}); it is tested with {TESTED[0]}"
     if reason is not None:
         _logger.warning("Intaglio's plugin stays out, adapters take vLLM's own path: %s", reason)
-        return
+    elif active:
+        _logger.info("Intaglio's plugin is active: one-hot LoRA adapters are kept as index and values (%s=0: off)", SWITCH)
+
+
+def _install() -> bool:
     from .linear import install
 
-    if install():
-        _logger.info("Intaglio's plugin is active: one-hot LoRA adapters are kept as index and values (%s=0: off)", SWITCH)
+    return install()
 
 
 def refusal(setting: str, version: str) -> str | None:
