@@ -136,11 +136,17 @@ CLASSES = (RowParallel, MergedColumnParallel, MergedQKVParallel)
 
 
 def install() -> bool:
-    """Offer vLLM the classes, before its own. Returns whether they were not offered before."""
+    """Offer vLLM the classes, before its own. Returns whether they were not offered before.
+
+    Raises:
+        AttributeError: where vLLM lacks what the classes override; nothing is changed then.
+    """
     if any(cls in lora_utils._all_lora_classes for cls in CLASSES):
         return False
-    lora_utils._all_lora_classes = (*CLASSES, *lora_utils._all_lora_classes)
     add_adapter = LoRAModelManager._add_adapter
+    for method in ("create_lora_weights", "reset_lora", "set_lora", "_apply_lora_to_output"):
+        getattr(RowParallelLinearWithLoRA, method)  # an override that nobody calls would drop adapters in silence
+    lora_utils._all_lora_classes = (*CLASSES, *lora_utils._all_lora_classes)
 
     @functools.wraps(add_adapter)
     def add_and_shrink(manager: LoRAModelManager, lora: Any) -> None:

@@ -27,7 +27,7 @@ def register() -> None:
     reason = refusal(setting, vllm.__version__)
     try:
         active = reason is None and _install()
-    except ImportError as error:  # only with "force": a version that has other classes
+    except (ImportError, AttributeError) as error:  # only with "force": a version that has other classes
         active, reason = False, f"vLLM {vllm.__version__} lacks what it builds on ({error}); it is tested with {TESTED[0]}"
     if reason is not None:
         _logger.warning("Intaglio's plugin stays out, adapters take vLLM's own path: %s", reason)
