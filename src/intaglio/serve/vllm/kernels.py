@@ -9,7 +9,8 @@ Tested in Triton's interpreter (`TRITON_INTERPRET=1`). No GPU has run them yet: 
 the bits of bfloat16 for integers in `tl.dot`, so there both sides are widened to fp32 first, which changes no product.
 """
 
-# pyright: reportMissingImports=false
+# A kernel is launched as kernel[grid](…).
+# pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
 import os
