@@ -76,7 +76,7 @@ def test_tokens_are_those_of_merged_weights(serve, adapters):
 
 def test_tokens_are_those_of_peft_with_exported_loras(serve, adapters, tmp_path):
     """The same batch through PEFT's `adapter_names`."""
-    engine, answers = serve()
+    _, answers = serve()
     names = list(adapters[0])[:20]
     model = None
     for name in names:
@@ -350,6 +350,53 @@ def test_logits_that_are_no_numbers_end_their_request_alone(serve, adapters):
         assert answers.end(key) == Event([], "error", "the model's output is not finite")
     assert answers.tokens("user1") == expected
     assert engine.alive
+
+
+def test_random_traffic(serve, adapters, tmp_path):
+    """Requests, cancels, loads, unloads and evictions at random: each gets its own adapter's tokens, or as many as it lived."""
+    model = tiny.build(NAME)
+    names = list(adapters[0])[:6]
+    sizes = [AdapterStore(model).load(name, adapters[1][name]).bytes for name in names]
+    store = AdapterStore(model, capacity_bytes=2 * max(sizes))
+    expected = {
+        (name, seed): tools.merged_tokens(NAME, adapters[0].get(name), prompt(seed, 4 + 9 * seed), 12)
+        for name in (None, *names)
+        for seed in range(3)
+    }
+    for name in names:
+        store.load(name, adapters[1][name])
+    engine, answers = serve(model, store=store, max_batch=8)
+    generator = torch.Generator().manual_seed(0)
+    ids = {}
+    for number in range(250):
+        pick, seed, action = torch.randint(60, (3,), generator=generator).tolist()
+        name, key = (None, *names)[pick % 7], (number, (None, *names)[pick % 7], seed % 3)
+        try:
+            ids[key] = answers.ask(key, prompt(seed % 3, 4 + 9 * (seed % 3)), 12, name)
+            if action < 10:
+                engine.cancel(ids[list(ids)[-1 - action]] if len(ids) > action else "none")
+            elif action < 14:
+                store.unload(names[action % 6])
+            elif action < 20:
+                store.load(names[action % 6], adapters[1][names[action % 6]])
+        except UnknownAdapter:
+            answers.events.pop(key, None)
+        except ValueError:  # in use, or there already
+            pass
+        if number % 25 == 24:
+            time.sleep(0.02)
+    answers.wait()
+    ends = [answers.end(key).finish for key in answers.events]
+    assert {"length", "cancelled"} == set(ends)
+    for number, name, seed in answers.events:
+        tokens = answers.tokens((number, name, seed))
+        assert tokens == expected[name, seed][: len(tokens)]
+        assert len(tokens) == 12 or answers.end((number, name, seed)).finish == "cancelled"
+    assert (engine.running, engine.waiting) == (0, 0)
+    assert engine.alive
+    assert store.resident_bytes <= store.capacity_bytes
+    for info in store.infos():
+        store.unload(info.name)  # nobody has been forgotten
 
 
 def test_bad_requests_are_refused_before_they_are_queued(serve):
