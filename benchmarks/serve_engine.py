@@ -42,7 +42,7 @@ LABELS = {
 
 
 def draw(model: Any, size: str, seed: int) -> Any:
-    """An adapter of a size, its columns changed by a tenth of a weight's spread."""
+    """An adapter of a size, its columns changed by a third of a weight's spread."""
     from intaglio import Delta, Selection
     from intaglio.selection import Slices
     from intaglio.slots import fingerprint
@@ -61,7 +61,7 @@ def draw(model: Any, size: str, seed: int) -> Any:
             name = f"model.layers.{layer}.{part}.weight"
             entries[name] = Slices(tuple(parameters[name].shape), 1, index)
             base = entries[name].gather(parameters[name])
-            values[name] = base + torch.randn(base.shape, generator=generator) * 0.1 * parameters[name].std().item()
+            values[name] = base + torch.randn(base.shape, generator=generator) * 0.3 * parameters[name].std().item()
             prints[name] = fingerprint(base)
     return Delta(Selection(entries), values, prints, {"name": "drawn"}, MODEL)
 

@@ -177,10 +177,10 @@ class _Products:
     """Channels that are read with values: a small product per row."""
 
     def __init__(self, rows: _Rows) -> None:
-        self._rows = [(row, change.read) for row, _, change in rows]
+        self._rows = [(row, change.read.T) for row, _, change in rows]
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return torch.cat([torch.mv(read, x_TI[row]) for row, read in self._rows])
+        return torch.cat([x_TI[row : row + 1] @ read_IN for row, read_IN in self._rows], 1)[0]
 
 
 @final
