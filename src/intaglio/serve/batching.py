@@ -66,6 +66,9 @@ class Manager(ContinuousBatchingManager):
 
     def start(self) -> None:
         """Start the thread; it does not keep the process alive."""
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # transformers seeds the whole process
+            self.batch_processor = self._create_batch_processor()
         self.background_thread_status.clear()
         self._generation_thread = threading.Thread(target=self._run_generation_loop, name="intaglio-engine", daemon=True)
         self._generation_thread.start()
