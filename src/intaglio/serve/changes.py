@@ -136,8 +136,10 @@ class Layers:
 
     def sizes(self, path: str) -> tuple[int, int]:
         """Inputs and outputs of a layer."""
-        layer = self.by_path[path]
-        return tuple(layer.weight.shape) if is_transposed(layer) else tuple(layer.weight.shape[::-1])
+        weight = self.by_path[path].weight
+        assert isinstance(weight, Tensor)
+        first, second = weight.shape
+        return (first, second) if is_transposed(self.by_path[path]) else (second, first)
 
 
 def from_delta(delta: Delta, layers: Layers) -> Adapter:
