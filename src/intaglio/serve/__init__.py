@@ -1,0 +1,1 @@
+"""Serve adapters: many users, one base."""
