@@ -45,7 +45,7 @@ class Twin:
     def __init__(self, base: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(base).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self._known: dict[tuple, str] = {}
+        self._known: dict[tuple, list[int]] = {}
 
     def chat(self, text: str, tokens: int, adapter: Path | None = None) -> str:
         prompt = self.tokenizer.apply_chat_template(
@@ -54,17 +54,18 @@ class Twin:
         return self.complete(prompt, tokens, adapter)
 
     def complete(self, prompt: str, tokens: int, adapter: Path | None = None) -> str:
-        key = (prompt, tokens, adapter)
-        if key not in self._known:
+        """Greedy; what is longer begins with what is shorter, so that one run answers for all lengths."""
+        key = (prompt, adapter)
+        if len(self._known.get(key, ())) < tokens:
             with contextlib.nullcontext() if adapter is None else applied(Delta.load(adapter), self.model):
-                self._known[key] = self._greedy(prompt, tokens)
-        return self._known[key]
+                self._known[key] = self._greedy(prompt, max(tokens, 16))
+        return self.tokenizer.decode(self._known[key][:tokens], skip_special_tokens=True)
 
     @torch.no_grad()
-    def _greedy(self, prompt: str, tokens: int) -> str:
+    def _greedy(self, prompt: str, tokens: int) -> list[int]:
         ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        out = self.model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-        return self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        out = self.model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+        return out + [self.tokenizer.pad_token_id] * (tokens - len(out))  # ended early: special tokens say nothing
 
 
 @dataclass
@@ -77,7 +78,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(base: str, root: Path, *, limits: Limits | None = None, keys=(), capacity=None, max_batch=8, loading=True):
+def running(
+    base: str, root: Path, *, limits: Limits | None = None, keys=(), capacity=None, max_batch=8, loading=True, name="tiny"
+):
     """Serve `base` from a thread of this process, with `root` as the folder that callers may load from."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     limits = limits or Limits(max_running=max_batch, unload_wait=0.2)
@@ -86,7 +89,7 @@ def running(base: str, root: Path, *, limits: Limits | None = None, keys=(), cap
     service = Service(
         engine,
         AutoTokenizer.from_pretrained(base),
-        "tiny",
+        name,
         vocabulary=model.config.vocab_size,
         limits=limits,
         keys=keys,

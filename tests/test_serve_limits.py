@@ -57,9 +57,24 @@ def test_folders_inside_the_root(place):
 
 
 OUTSIDE = [
-    "..", "../secret", "good/../../secret", "/", "/etc", "/nowhere", "../root-2", "../nowhere", "nowhere", "linked", "circle", "file",
-    "partly", "\0", "a" * 5000, "linked/..", "~",
-]  # fmt: skip
+    "..",
+    "../secret",
+    "good/../../secret",
+    "/",
+    "/etc",
+    "/nowhere",
+    "../root-2",
+    "../nowhere",
+    "nowhere",
+    "linked",
+    "circle",
+    "file",
+    "partly",
+    "\0",
+    "a" * 5000,
+    "linked/..",
+    "~",
+]
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
@@ -90,10 +105,22 @@ def chat(**fields):
 
 def test_what_openais_client_sends_by_default_is_taken():
     request = chat(
-        n=1, user="me", stop="x", presence_penalty=0, frequency_penalty=0.0, logprobs=False, tools=None, logit_bias={},
-        response_format={"type": "text"}, max_completion_tokens=7, max_tokens=None, stream_options={"include_usage": True},
-        metadata={"a": "b"}, store=False, tool_choice="none",
-    )  # fmt: skip
+        n=1,
+        user="me",
+        stop="x",
+        presence_penalty=0,
+        frequency_penalty=0.0,
+        logprobs=False,
+        tools=None,
+        logit_bias={},
+        response_format={"type": "text"},
+        max_completion_tokens=7,
+        max_tokens=None,
+        stream_options={"include_usage": True},
+        metadata={"a": "b"},
+        store=False,
+        tool_choice="none",
+    )
     assert request.stop == ["x"]
     assert request.longest == 7
     assert request.stream_options.include_usage
@@ -106,14 +133,40 @@ def test_what_openais_client_sends_by_default_is_taken():
 
 
 REFUSED = {
-    "n": 2, "logprobs": True, "presence_penalty": 0.5, "tools": [{"type": "function"}], "response_format": {"type": "json_object"},
-    "temperature": -1, "top_p": 0, "top_k": -2, "max_tokens": 0, "max_completion_tokens": -1, "seed": 2**63, "stop": ["x"] * 17,
-    "stream": "yes", "messages": [], "model": "", "surprise": 1, "stream_options": {"surprise": 1},
-}  # fmt: skip
-VALUES = [("temperature", 2.1), ("temperature", 0.001), ("temperature", float("nan")), ("temperature", "1"), ("temperature", True),
-          ("max_tokens", 1.5), ("stop", [""]), ("stop", [1]), ("seed", 1.0), ("messages", [{"role": "tool", "content": ""}]),
-          ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-          ("messages", [{"role": "user"}]), ("messages", "hi"), ("model", "m" * 513)]  # fmt: skip
+    "n": 2,
+    "logprobs": True,
+    "presence_penalty": 0.5,
+    "tools": [{"type": "function"}],
+    "response_format": {"type": "json_object"},
+    "temperature": -1,
+    "top_p": 0,
+    "top_k": -2,
+    "max_tokens": 0,
+    "max_completion_tokens": -1,
+    "seed": 2**63,
+    "stop": ["x"] * 17,
+    "stream": "yes",
+    "messages": [],
+    "model": "",
+    "surprise": 1,
+    "stream_options": {"surprise": 1},
+}
+VALUES = [
+    ("temperature", 2.1),
+    ("temperature", 0.001),
+    ("temperature", float("nan")),
+    ("temperature", "1"),
+    ("temperature", True),
+    ("max_tokens", 1.5),
+    ("stop", [""]),
+    ("stop", [1]),
+    ("seed", 1.0),
+    ("messages", [{"role": "tool", "content": ""}]),
+    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ("messages", [{"role": "user"}]),
+    ("messages", "hi"),
+    ("model", "m" * 513),
+]
 
 
 @pytest.mark.parametrize(("field", "value"), [*REFUSED.items(), *VALUES])
@@ -132,7 +185,11 @@ def test_prompts_that_are_refused(prompt):
 
 def test_vllms_bodies():
     assert LoadRequest.model_validate({"lora_name": "a", "lora_path": "b", "load_inplace": False}).lora_name == "a"
-    for wrong in ({"lora_name": "a"}, {"lora_name": "", "lora_path": "b"}, {"lora_name": "a", "lora_path": "b", "load_inplace": True}):
+    for wrong in (
+        {"lora_name": "a"},
+        {"lora_name": "", "lora_path": "b"},
+        {"lora_name": "a", "lora_path": "b", "load_inplace": True},
+    ):
         with pytest.raises(ValidationError):
             LoadRequest.model_validate(wrong)
 

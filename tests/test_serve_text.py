@@ -8,7 +8,15 @@ from transformers import PreTrainedTokenizerFast
 
 from intaglio.serve.text import Detokenizer, StopStrings
 
-TEXTS = ["plain text", "Grüße, 你好, こんにちは", "👩‍👩‍👧 family 🇩🇪", "a\u0301 é \u200d end", "� itself �", " lead and trail ", ""]
+TEXTS = [
+    "plain text",
+    "Grüße, 你好, こんにちは",
+    "👩‍👩‍👧 family 🇩🇪",
+    "a\u0301 é \u200d end",
+    "� itself �",
+    " lead and trail ",
+    "",
+]
 
 
 def byte_level():
@@ -118,5 +126,12 @@ def test_stop_strings_do_not_depend_on_the_pieces(text, stops, sizes):
 
 def test_what_cannot_begin_a_stop_string_is_not_held_back():
     watch = StopStrings(["\n\nUser:"])
-    assert [watch.push(piece) for piece in ["Hello", "\n", "there", "\n\nUs", "er", ": x"]] == ["Hello", "", "\nthere", "", "", ""]
+    assert [watch.push(piece) for piece in ["Hello", "\n", "there", "\n\nUs", "er", ": x"]] == [
+        "Hello",
+        "",
+        "\nthere",
+        "",
+        "",
+        "",
+    ]
     assert watch.hit

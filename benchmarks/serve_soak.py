@@ -1,0 +1,85 @@
+"""10,000 random requests from a second process: right answers only, proper statuses only, flat memory.
+
+    python benchmarks/serve_soak.py                  # three minutes on two cores
+    python benchmarks/serve_soak.py --requests 500
+
+The server is `intaglio serve` on a tiny random model, with memory for half of its adapters. Each adapter changes the model so
+much that its answers are its own, and every answer is compared with what the adapter merged into the base says. Callers load
+and unload adapters, reuse their names for others, leave in the middle of an answer, and send bodies that must be refused
+(tests/traffic.py). All traffic stays on 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from server_process import Server
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+import serve_tools  # noqa: E402 - found by the line above
+from traffic import Traffic, right_answers  # noqa: E402
+
+PROMPTS = ["Common beginning of every prompt, long enough for a shared page. " + end for end in ("One", "Two", "Three", "Four")]
+ADAPTERS, NAMES, CALLERS, KEY = 12, 16, 24, "soak"
+
+
+def main() -> None:
+    """Run, print, and fail where anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        result = soak(Path(place), arguments.requests, arguments.seed)
+    print(json.dumps({k: v for k, v in result.items() if k != "rss_mb"}, indent=1))
+    assert not result["faults"], "not every answer was right"
+    assert result["exit_code"] == 0
+
+
+def soak(place: Path, requests: int, seed: int) -> dict:
+    """Serve, send, and say what happened."""
+    twin = serve_tools.Twin(serve_tools.folder(place / "base"))
+    folders = {f"f{i}": serve_tools.make_adapter(twin.model, place / f"root/f{i}", i) for i in range(ADAPTERS)}
+    shutil.copytree(folders["f0"], place / "root/damaged")
+    (place / "root/damaged/adapter_model.safetensors").write_bytes(b"damaged")
+    texts = right_answers(twin, folders, PROMPTS)
+    gib = ADAPTERS / 2 * (folders["f0"] / "adapter_model.safetensors").stat().st_size / 2**30
+    options = ("--adapter-root", "root", "--adapter-memory", gib, "--max-batch", 16, "--max-queue", 6)
+    with Server(place, "base", *options, key=KEY) as server:
+        traffic = Traffic(server.url, texts, PROMPTS, [f"n{i}" for i in range(NAMES)], key=KEY, seed=seed)
+        memory = [(0, server.rss())]
+
+        def every(done: int) -> None:
+            memory.append((done, server.rss()))
+            print(f"{done:6} requests, server's memory {memory[-1][1]:.1f} MB", flush=True)
+
+        start = time.perf_counter()
+        report = traffic.run(requests, CALLERS, every)
+        seconds, metrics = time.perf_counter() - start, server.metrics()
+    statuses: dict[str, dict[int, int]] = {}
+    for (kind, status), count in sorted(report.statuses.items()):
+        statuses.setdefault(kind, {})[status] = count
+    return {
+        "requests": sum(report.kinds.values()),
+        "seconds": round(seconds, 1),
+        "answers_checked_right": report.right,
+        "faults": report.faults[:20],
+        "statuses": statuses,
+        "rss_mb": memory,
+        "rss_mb_after_a_quarter": next((m for n, m in memory if n >= requests // 4), memory[-1][1]),
+        "rss_mb_at_the_end": memory[-1][1],
+        "metrics": metrics,
+        "exit_code": server.code,
+    }
+
+
+if __name__ == "__main__":
+    main()
