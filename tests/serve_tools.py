@@ -35,7 +35,7 @@ def make_adapter(model: torch.nn.Module, folder: Path, seed: int) -> Path:
             entries = Slices(tuple(parameter.shape), 1, index)
             base = entries.gather(parameter)
             chosen[name], prints[name] = entries, fingerprint(base)
-            values[name] = base + torch.randn(base.shape, generator=generator)
+            values[name] = base + torch.randn(base.shape, generator=generator).to(base)
     return Delta(Selection(chosen), values, prints, {"name": "test"}).save(folder)
 
 

@@ -53,11 +53,19 @@ class Process:
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
         self.reader.start()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.end()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
     def end(self):
         code = self.process.wait(timeout=30)
         self.reader.join()
-        self.process.stdout.close()
-        self.process.stderr.close()
         return code
 
 
@@ -65,8 +73,7 @@ def test_it_serves_and_drains(place):
     """On SIGTERM: what runs is finished, what comes is refused with 503, /health says so, and the process ends with 0."""
     folder, twin = place
     adapters = ["--adapter", "one=adapters/a0", "--adapter", "two=run", "--adapter", "three=lora"]
-    server = Process("base", *adapters, "--adapter-root", "adapters", cwd=folder, INTAGLIO_API_KEY="k1 k2")
-    try:
+    with Process("base", *adapters, "--adapter-root", "adapters", cwd=folder, INTAGLIO_API_KEY="k1 k2") as server:
         http = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer k2"})
         assert httpx.get(server.url + "/v1/models").status_code == 401
         names = [model["id"] for model in http.get("/v1/models").json()["data"]]
@@ -92,9 +99,7 @@ def test_it_serves_and_drains(place):
             "Go on", 240, folder / "adapters/a1"
         )
         http.close()
-    finally:
-        server.process.terminate()
-    assert server.end() == 0
+        assert server.end() == 0
     log = "".join(server.lines)
     assert "Traceback" not in log
     assert "k1" not in log
@@ -103,8 +108,7 @@ def test_it_serves_and_drains(place):
 
 def test_what_takes_too_long_is_ended(place):
     folder, _ = place
-    server = Process("base", "--shutdown-timeout", "0", "--name", "m", cwd=folder)
-    try:
+    with Process("base", "--shutdown-timeout", "0", "--name", "m", cwd=folder) as server:
         body = {"model": "m", "prompt": "Go on", "max_tokens": 250, "temperature": 0, "stream": True}
         with httpx.stream("POST", server.url + "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
@@ -112,9 +116,7 @@ def test_what_takes_too_long_is_ended(place):
             server.process.send_signal(signal.SIGTERM)
             last = [line for line in lines if line][-1]
         assert json.loads(last[6:])["error"]["code"] == "shutting_down"
-    finally:
-        server.process.terminate()
-    assert server.end() == 0
+        assert server.end() == 0
 
 
 def serve(*arguments, **environment):

@@ -177,7 +177,7 @@ def test_bodies_that_are_refused_name_the_field(field, value):
     assert field in first["loc"] or field in first["msg"]
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [1, "a"], [1.5], None, 7, [True]])
+@pytest.mark.parametrize("prompt", ["\ud800", ["\udfff"], ["a", "b"], [[1], [2]], [1, "a"], [1.5], None, 7, [True]])
 def test_prompts_that_are_refused(prompt):
     with pytest.raises(ValidationError):
         CompletionRequest.model_validate({"model": "m", "prompt": prompt})

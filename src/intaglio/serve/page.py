@@ -9,7 +9,7 @@ from importlib.resources import files
 
 __all__ = ["HEADERS", "PAGE"]
 
-PAGE = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+PAGE = files(__name__.rpartition(".")[0]).joinpath("page.html").read_text(encoding="utf-8")
 
 
 def _hashes(tag: str) -> str:

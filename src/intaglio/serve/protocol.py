@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 __all__ = ["ChatRequest", "CompletionRequest", "LoadRequest", "Message", "TextRequest", "UnloadRequest"]
 
@@ -31,8 +31,19 @@ _FOR_THE_RECORD = ("user", "metadata", "safety_identifier", "prompt_cache_key", 
 _MOST_STOPS = 16
 _SEED = 2**63
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+def _whole_characters(text: str) -> str:
+    """JSON can write half a surrogate pair, which is no text to a tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a surrogate pair at {error.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+Name = Annotated[Text, StringConstraints(min_length=1, max_length=512)]
+Stop = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 
 
 class _Body(BaseModel):
@@ -48,7 +59,7 @@ class _Part(_Body):
     """A piece of a message's content; only text is understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Body):
@@ -61,7 +72,7 @@ class Message(_Body):
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
+    content: Text | list[_Part]
     name: str | None = None
 
     @property
@@ -148,7 +159,7 @@ class CompletionRequest(TextRequest):
         prompt: a text or its tokens; one prompt per request (a list with one text or one list of tokens is taken too).
     """
 
-    prompt: str | list[int]
+    prompt: Text | list[int]
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -175,7 +186,7 @@ class LoadRequest(_Body):
     """
 
     lora_name: Name
-    lora_path: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    lora_path: Annotated[Text, StringConstraints(min_length=1, max_length=4096)]
     load_inplace: Literal[False] = False
 
 

@@ -157,14 +157,17 @@ def _vllm(options: Options) -> str:
 @contextlib.contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
     """A socket at the address, not listening yet: whoever connects while the model is read is refused, not left waiting."""
+    wrong = "--host {host} --port {port}: cannot listen there ({error})"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ValueError(wrong.format(host=host, port=port, error=error)) from error
+    with socket.socket(family, kind, protocol) as found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from error
-    with found:
+        try:
+            found.bind(address)
+        except OSError as error:
+            raise ValueError(wrong.format(host=host, port=port, error=error)) from error
         yield found
 
 
