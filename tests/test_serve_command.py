@@ -106,19 +106,6 @@ def test_it_serves_and_drains(place):
     assert "warning" not in log
 
 
-def test_what_takes_too_long_is_ended(place):
-    folder, _ = place
-    with Process("base", "--shutdown-timeout", "0", "--name", "m", cwd=folder) as server:
-        body = {"model": "m", "prompt": "Go on", "max_tokens": 250, "temperature": 0, "stream": True}
-        with httpx.stream("POST", server.url + "/v1/completions", json=body) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            server.process.send_signal(signal.SIGTERM)
-            last = [line for line in lines if line][-1]
-        assert json.loads(last[6:])["error"]["code"] == "shutting_down"
-        assert server.end() == 0
-
-
 def serve(*arguments, **environment):
     return CliRunner().invoke(app, ["serve", *map(str, arguments)], env={"COLUMNS": "200", **environment})
 

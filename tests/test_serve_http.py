@@ -1,5 +1,6 @@
 """The server over loopback, as its callers use it: OpenAI's own client, plain HTTP, several at once, and everything wrong."""
 
+import asyncio
 import json
 import threading
 import time
@@ -458,6 +459,20 @@ def test_a_dead_worker_is_unhealthy(base, root, monkeypatch):
         wrong(http.post("/v1/completions", json={**body, "stream": False}), 503, code="engine_dead")
         assert value(http.get("/metrics").text, "intaglio_healthy") == 0
         assert value(http.get("/metrics").text, 'intaglio_requests_total{model="tiny",status="500"}') == 1
+
+
+def test_what_takes_too_long_at_the_end_is_ended(base, root):
+    with running(base, root) as server, httpx.Client(base_url=server.url) as http:
+        body = {"model": "tiny", "prompt": "Go on", "max_tokens": 250, "temperature": 0, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            asyncio.run(server.service.drain(0))
+            last = [line for line in lines if line][-1]
+        assert json.loads(last[6:])["error"]["code"] == "shutting_down"
+        wrong(http.post("/v1/completions", json=body), 503, code="shutting_down")
+        wrong(http.get("/health"), 503, "shutting down")
+        assert http.get("/metrics").status_code == 200
 
 
 def test_a_bug_is_a_500_of_the_same_shape(server, http, monkeypatch, caplog):
