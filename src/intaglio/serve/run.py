@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -32,6 +33,7 @@ _OURS = {
 }
 _VLLMS = {"export_dir": "--export-dir", "dry_run": "--dry-run"}
 _LAST_BYTES = 5  # seconds for answers that are complete to reach their callers
+_LISTED = 8  # adapters that the first line names
 
 
 @dataclass(frozen=True)
@@ -208,49 +210,44 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 async def _listen(service: Service, listening: socket.socket, timeout: float) -> None:
     from .app import create_app
 
-    config = uvicorn.Config(create_app(service), log_level="info", timeout_graceful_shutdown=_LAST_BYTES, server_header=False)
     host, port = listening.getsockname()[:2]
-    names = ", ".join(info.name for info in service.store.infos()) or "no adapters"
-    print(
-        f"{service.name} with {names} at http://{f'[{host}]' if ':' in host else host}:{port} (process {os.getpid()})", flush=True
-    )
-    if not service.keys.needed and not _local(host):
+    names = [info.name for info in service.store.infos()]
+    listed = ", ".join(names) if len(names) <= _LISTED else f"{len(names)} adapters"
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{service.name} with {listed or 'no adapters'} at {where} (process {os.getpid()})", flush=True)
+    if not service.keys.needed and not ipaddress.ip_address(host).is_loopback:
         print("warning: everyone who reaches this address can use it; give --api-key or INTAGLIO_API_KEY", flush=True)
-    await _server(config, lambda: service.drain(timeout)).serve([listening])
+    config = uvicorn.Config(create_app(service), log_level="info", timeout_graceful_shutdown=_LAST_BYTES, server_header=False)
+    await _Draining(config, lambda: service.drain(timeout)).serve([listening])
 
 
-def _local(host: str) -> bool:
-    import ipaddress
+class _Draining(uvicorn.Server):
+    """Uvicorn's server, which drains before it stops listening, and then returns instead of raising the signal again."""
 
-    return ipaddress.ip_address(host).is_loopback
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._drain, self._ending = drain, None
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
 
-def _server(config: Any, drain: Callable[[], Awaitable[None]]) -> Any:
-    """Uvicorn's server, which drains before it stops accepting, and then returns instead of raising the signal again."""
+        def asked(*_: object) -> None:
+            loop.call_soon_threadsafe(self._asked)
 
-    class Draining(uvicorn.Server):
-        task: asyncio.Task[None] | None = None
+        before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            loop = asyncio.get_running_loop()
-            before = {
-                s: signal.signal(s, lambda *_: loop.call_soon_threadsafe(self.asked)) for s in (signal.SIGINT, signal.SIGTERM)
-            }
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+    def _asked(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._end())
+        else:  # asked twice: now
+            self.should_exit = self.force_exit = True
 
-        def asked(self) -> None:
-            if self.task is None:
-                self.task = asyncio.ensure_future(self.end())
-            else:  # asked twice: now
-                self.should_exit = self.force_exit = True
-
-        async def end(self) -> None:
-            await drain()
-            self.should_exit = True
-
-    return Draining(config)
+    async def _end(self) -> None:
+        await self._drain()
+        self.should_exit = True
