@@ -114,9 +114,10 @@ class Layers:
         self.by_path = {
             path: module
             for path, module in model.named_modules()
-            if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head and uses[id(module.weight)] == 1
+            if (isinstance(module, nn.Linear) or is_transposed(module))
+            and module is not head
+            and uses.get(id(module.weight)) == 1
         }
-        self.dtype = next(iter(self.by_path.values())).weight.dtype
 
     def of(self, parameter: str) -> tuple[str, nn.Module]:
         """Path and layer of a weight.

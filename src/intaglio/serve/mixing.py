@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .changes import Adapter, Change, Layers
 from .table import Table
 
-__all__ = ["Mixer", "mix_plainly"]
+__all__ = ["Batch", "Mixer", "mix_plainly"]
 
 _SHORT = 4  # rows of a segment up to which it goes with the others
 
@@ -40,8 +40,8 @@ class Mixer:
 
     def __init__(self, model: nn.Module, layers: Layers | None = None) -> None:
         layers = layers or Layers(model)
-        self._batch: _Batch | None = None
-        self._last: _Batch | None = None
+        self._batch: Batch | None = None
+        self._last: Batch | None = None
         self._tables: dict[int, Table] = {}
         self._handles = [layer.register_forward_hook(self._hook(path)) for path, layer in layers.by_path.items()]
 
@@ -49,6 +49,10 @@ class Mixer:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+
+    def forget(self) -> None:
+        """Let go of the adapters of the last batch, which is kept in case that the next one is the same."""
+        self._last = None
 
     @contextmanager
     def using(self, adapters: Sequence[Adapter | None], lengths: Sequence[int] | None = None) -> Iterator[None]:
@@ -59,7 +63,7 @@ class Mixer:
             lengths: rows of each segment; default: all equal, one segment per sequence of an ordinary batch.
         """
         if self._last is None or not self._last.is_of(adapters, lengths):
-            self._last = _Batch(adapters, lengths, self._tables)
+            self._last = Batch(adapters, lengths, self._tables)
         self._batch = self._last if any(adapters) else None
         try:
             yield
@@ -75,7 +79,7 @@ class Mixer:
 
 
 @final
-class _Batch:
+class Batch:
     """The segments of one step, and for each layer how they are run; made once, used while the batch stays the same."""
 
     def __init__(self, adapters: Sequence[Adapter | None], lengths: Sequence[int] | None, tables: dict[int, Table]) -> None:
@@ -173,10 +177,10 @@ class _Products:
     """Channels that are read with values: a small product per row."""
 
     def __init__(self, rows: _Rows) -> None:
-        self._rows = [(row, change.read) for row, _, change in rows]
+        self._rows = [(row, change.read.T) for row, _, change in rows]
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return torch.cat([torch.mv(read, x_TI[row]) for row, read in self._rows])
+        return torch.cat([x_TI[row : row + 1] @ read_IN for row, read_IN in self._rows], 1)[0]
 
 
 @final

@@ -172,6 +172,8 @@ class Requests:
         with self._lock:
             if self._live.pop(request.id, None) is None:
                 return
+            if not self._live:
+                self._mixer.forget()
         if request.name is not None:
             self._store.release(request.name)
         self._tell(request, event)
