@@ -396,7 +396,7 @@ def test_metrics(http, client):
     assert "stranger" not in http.get("/metrics").text
     for name in ("intaglio_time_to_first_token_seconds_count", "intaglio_request_seconds_bucket", "intaglio_prompt_tokens_total"):
         assert read(name) > 0
-    assert read("intaglio_requests_running") == read("intaglio_requests_waiting") == read("intaglio_requests_open") == 0
+    wait_until(lambda: not any(read(f"intaglio_requests_{what}") for what in ("running", "waiting", "open")))
     assert read("intaglio_healthy") == 1
 
 
@@ -407,7 +407,9 @@ def test_a_full_queue_is_429(base, root):
         with http.stream("POST", "/v1/completions", json=body) as first:
             lines = first.iter_lines()
             next(lines)
-            second = threading.Thread(target=lambda: httpx.post(server.url + "/v1/completions", json={**body, "stream": False}))
+            second = threading.Thread(
+                target=lambda: httpx.post(server.url + "/v1/completions", json={**body, "stream": False}, timeout=60)
+            )
             second.start()
             wait_until(lambda: server.service.admission.taken == 2 or not second.is_alive())
             assert server.service.admission.taken == 2
@@ -431,7 +433,7 @@ def test_a_caller_who_leaves_frees_the_place(server, http, stream):
                 next(response.iter_lines())
         else:
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(server.url + "/v1/completions", json=body, headers=http.headers, timeout=0.05)
+                httpx.post(server.url + "/v1/completions", json=body, headers=http.headers, timeout=httpx.Timeout(30, read=0.05))
         wait_until(lambda: service.admission.taken == 0 and service.engine.running == service.engine.waiting == 0)
     made = value(http.get("/metrics").text, "intaglio_generated_tokens_total") - before
     assert made < 4 * 240

@@ -19,7 +19,8 @@ from .errors import ApiError, response
 
 __all__ = ["Admission", "Gate", "Keys", "Limits", "check_name", "confined"]
 
-_BODY_SECONDS = 30
+_BODY_SECONDS = 30  # between two parts of a body
+_DISCARDED = 16 << 20  # most bytes of a refused body that are read
 _NAME = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 
@@ -105,7 +106,7 @@ class Admission:
 class Gate:
     """ASGI middleware in front of everything under /v1: shutting down (503), the key (401), the size of the body (413).
 
-    It looks at headers before any byte of a body is read or parsed.
+    It looks at headers before a body is kept or parsed.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, admission: Admission, max_body: int) -> None:
@@ -117,6 +118,7 @@ class Gate:
             return
         error = self._refusal(Headers(scope=scope))
         if error is not None:
+            await _discard(receive)
             await response(error)(scope, receive, send)
         else:
             await self._app(scope, self._counted(receive), send)
@@ -144,17 +146,30 @@ class Gate:
 
         async def counted() -> Message:
             nonlocal size, whole
-            try:
-                message = await asyncio.wait_for(receive(), None if whole else _BODY_SECONDS)
-            except asyncio.TimeoutError:
-                raise HTTPException(408, f"no more of the body for {_BODY_SECONDS} seconds") from None
+            message = await (receive() if whole else _part(receive))
             size += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if size > self._max_body:
+                await _discard(receive)
                 raise HTTPException(413, self._too_large)
             return message
 
         return counted
+
+
+async def _part(receive: Receive) -> Message:
+    try:
+        return await asyncio.wait_for(receive(), _BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f"no more of the body for {_BODY_SECONDS} seconds") from None
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what is left of a refused body, up to a point: a connection closed in the middle of it may lose the answer."""
+    left, more = _DISCARDED, True
+    while more and left > 0:
+        message = await _part(receive)
+        left, more = left - len(message.get("body", b"")), message.get("more_body", False)
 
 
 def check_name(name: str) -> str:
