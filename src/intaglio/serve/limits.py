@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,8 @@ class Gate:
             size += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if size > self._max_body:
-                await _discard(receive)
+                if not whole:
+                    await _discard(receive)
                 raise HTTPException(413, self._too_large)
             return message
 
@@ -167,9 +168,10 @@ async def _part(receive: Receive) -> Message:
 async def _discard(receive: Receive) -> None:
     """Read what is left of a refused body, up to a point: a connection closed in the middle of it may lose the answer."""
     left, more = _DISCARDED, True
-    while more and left > 0:
-        message = await _part(receive)
-        left, more = left - len(message.get("body", b"")), message.get("more_body", False)
+    with suppress(HTTPException):  # no more comes
+        while more and left > 0:
+            message = await _part(receive)
+            left, more = left - len(message.get("body", b"")), message.get("more_body", False)
 
 
 def check_name(name: str) -> str:
