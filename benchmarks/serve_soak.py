@@ -12,7 +12,6 @@ and unload adapters, reuse their names for others, leave in the middle of an ans
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -36,10 +35,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", type=Path, help="a Markdown file for the result")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         result = soak(Path(place), arguments.requests, arguments.seed)
-    print(json.dumps({k: v for k, v in result.items() if k != "rss_mb"}, indent=1))
+    print(page(result))
+    if arguments.write:
+        arguments.write.write_text(page(result))
     assert not result["faults"], "not every answer was right"
     assert result["exit_code"] == 0
 
@@ -74,11 +76,36 @@ def soak(place: Path, requests: int, seed: int) -> dict:
         "faults": report.faults[:20],
         "statuses": statuses,
         "rss_mb": memory,
-        "rss_mb_after_a_quarter": next((m for n, m in memory if n >= requests // 4), memory[-1][1]),
-        "rss_mb_at_the_end": memory[-1][1],
         "metrics": metrics,
         "exit_code": server.code,
     }
+
+
+def page(result: dict) -> str:
+    """The result as Markdown."""
+    lines = [
+        "# Random traffic against `intaglio serve`",
+        "",
+        f"{result['requests']:,} requests in {result['seconds']} s from {CALLERS} callers in another process; {ADAPTERS} adapters under "
+        f"{NAMES} names that change, memory for half of them. {result['answers_checked_right']:,} answers were compared with merged "
+        f"weights; faults: {len(result['faults'])}. Exit code after SIGTERM: {result['exit_code']}.",
+        "",
+        "| kind of request | status → how many |",
+        "|---|---|",
+        *(f"| {kind} | {', '.join(f'{s}: {n}' for s, n in found.items())} |" for kind, found in result["statuses"].items()),
+        "",
+        "`leave` with 499: the caller had left before there was an answer. 429: the queue of six was full.",
+        "",
+        "| requests done | server's memory (RSS), MB |",
+        "|---:|---:|",
+        *(f"| {done:,} | {mb:.1f} |" for done, mb in result["rss_mb"]),
+        "",
+        "| gauge or counter at the end | |",
+        "|---|---:|",
+        *(f"| `{name}` | {value:g} |" for name, value in result["metrics"].items()),
+        "",
+    ]
+    return "\n".join([*lines, *(f"* {fault}" for fault in result["faults"])])
 
 
 if __name__ == "__main__":
