@@ -86,9 +86,9 @@ def page(result: dict) -> str:
     lines = [
         "# Random traffic against `intaglio serve`",
         "",
-        f"{result['requests']:,} requests in {result['seconds']} s from {CALLERS} callers in another process; {ADAPTERS} adapters under "
-        f"{NAMES} names that change, memory for half of them. {result['answers_checked_right']:,} answers were compared with merged "
-        f"weights; faults: {len(result['faults'])}. Exit code after SIGTERM: {result['exit_code']}.",
+        f"{result['requests']:,} requests in {result['seconds']} s from {CALLERS} callers in another process; {ADAPTERS}",
+        f"adapters under {NAMES} names that change, memory for half of them. {result['answers_checked_right']:,} answers were",
+        f"compared with merged weights; faults: {len(result['faults'])}. Exit code after SIGTERM: {result['exit_code']}.",
         "",
         "| kind of request | status → how many |",
         "|---|---|",
