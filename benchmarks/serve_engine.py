@@ -1,8 +1,9 @@
 """What many adapters cost the engine: tokens per second with none, 1, 16, 64 and 1,000 of them, memory, and loading.
 
-Requests of 16 to 32 prompt tokens and 24 to 40 answer tokens (48 on average) keep a batch of 64 full. With 64 and 1,000
-adapters every request of a batch has another one; with 1,000, most of them were not in the batch before. Each contestant lives
-in a process of its own, so that its memory is its own, and the processes take turns (`turns.py`): compare the ratios.
+Requests of 16 to 32 prompt tokens and 24 to 40 answer tokens keep a batch of 64 full until the last of them. With 64 and 1,000
+adapters every request of a batch has another one; with 1,000, most of them were not in the batch before. One engine serves all
+contestants in turns, so that a noisy machine is equally unkind to all: compare the ratios. Its memory is read after the first
+turn of each, before the adapters of the next are loaded.
 
     python benchmarks/serve.py --part engine                     # adapters of the FFN alone, 2 % of its channels
     python benchmarks/serve.py --part engine --size demo         # as recipes/demo.yaml trains them
@@ -20,15 +21,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from held import held, settle
-from turns import child, device, measure
+from turns import device
 
-MODEL, BATCH, REQUESTS = "smollm2-135m", 64, 128
+MODEL, BATCH, REQUESTS = "smollm2-135m", 64, 96
+CONTEXT, CACHE = 512, 72 * BATCH  # tokens of a request at most, and of all that run together
 # name → channels of each down projection, and layers in which a head of the output projection is trained
 SIZES = {"ffn": (31, 0), "demo": (46, 16)}
 COUNTS = {"base": 0, "one": 1, "sixteen": 16, "batch": 64, "thousand": 1000}
@@ -66,40 +67,43 @@ def draw(model: Any, size: str, seed: int) -> Any:
     return Delta(Selection(entries), values, prints, {"name": "drawn"}, MODEL)
 
 
-def start(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
-    """Load the model and the contestant's adapters; a turn serves requests."""
+def measure(folder: Path, only: list[str], rounds: int, save: Any) -> None:
+    """Turns of the contestants; `save` gets the results after each round."""
     from intaglio.hf.models import load_model
     from intaglio.serve.engine import Engine
     from intaglio.serve.store import AdapterStore
 
     model = load_model(MODEL, dtype=torch.float32)
     store = AdapterStore(model, base=MODEL)
-    names = [None] if not COUNTS[task["contestant"]] else [str(i) for i in range(COUNTS[task["contestant"]])]
-    settle()
-    before, loads = held(), []
-    for name in filter(None, names):
-        began = time.perf_counter()
-        store.load(name, Path(task["folder"]) / name)
-        loads.append(time.perf_counter() - began)
-    settle()
-    figures = {"adapters_bytes": store.resident_bytes, "adapters_held": held() - before, "load": loads}
-    engine = Engine(model, store, eos=[], max_batch=BATCH, max_context=512)
+    engine = Engine(model, store, eos=[], max_batch=BATCH, max_context=CONTEXT, max_cache_tokens=CACHE)
     engine.start()
-    asked = 0
+    run(engine, [None], 4, 0)  # warm up
+    results: dict[str, dict[str, Any]] = {name: {"label": LABELS[name], "seconds": []} for name in only}
+    for turn in range(rounds):
+        for name in only:
+            loads = load(store, folder, COUNTS[name])
+            names = [str(i) for i in range(COUNTS[name])] or [None]
+            results[name]["seconds"].append(run(engine, names, REQUESTS, turn * REQUESTS))
+            if turn == 0:
+                settle()
+                results[name] |= {"memory": held(), "adapters": store.resident_bytes, "load": loads}
+            print(f"round {turn + 1} of {rounds}: {name}, {1 / results[name]['seconds'][-1]:.0f} tokens/s", file=sys.stderr)
+        save(results)
+    engine.stop()
 
-    def turn() -> dict[str, Any]:
-        nonlocal asked
-        run(engine, names, BATCH // 4, asked)  # warm the caches that the others have taken
-        asked += BATCH // 4
-        seconds, tokens = run(engine, names, REQUESTS, asked)
-        asked += REQUESTS
-        return {"times": [{"total": seconds / tokens}], "memory": held()}
 
-    return figures, turn
+def load(store: Any, folder: Path, count: int) -> list[float]:
+    """Load what is missing of the first `count` adapters; seconds of each."""
+    seconds = []
+    for i in range(len(store.infos()), count):
+        began = time.perf_counter()
+        store.load(str(i), folder / str(i))
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
-def run(engine: Any, names: list[str | None], count: int, first: int) -> tuple[float, int]:
-    """Seconds and tokens of some requests, all asked at once."""
+def run(engine: Any, names: list[Any], count: int, first: int) -> float:
+    """Seconds per token of some requests, all asked at once."""
     from intaglio.serve.engine import Sampling
 
     generator, over = torch.Generator().manual_seed(first), queue.Queue()
@@ -113,7 +117,7 @@ def run(engine: Any, names: list[str | None], count: int, first: int) -> tuple[f
     for _ in range(count):
         event = over.get(timeout=300)
         assert event.finish == "length", event
-    return time.perf_counter() - began, tokens
+    return (time.perf_counter() - began) / tokens
 
 
 def check(adapters: int, folder: Path, size: str) -> None:
@@ -163,27 +167,24 @@ def check(adapters: int, folder: Path, size: str) -> None:
 
 def table(results: dict[str, Any], size: str) -> str:
     """Markdown: throughput, its ratio to the base, memory and loading."""
+    channels, heads = SIZES[size]
     lines = [
-        f"### Adapters of {SIZES[size][0]} of 1,536 channels and {SIZES[size][1]} of 270 heads\n",
-        "| | tokens/s | fastest turn | ÷ base only | memory of the process GB | adapters GB | an adapter MB | load ms | p95 |",
-        "|---" + "|---:" * 8 + "|",
+        f"### Adapters of {channels} of 1,536 channels in each layer and {heads} of 270 heads\n",
+        "| | tokens/s | fastest turn | ÷ base only | memory of the process GB | of it adapters GB | hot load ms | p95 |",
+        "|---" + "|---:" * 7 + "|",
     ]
-    floor = results["base"]["fastest"]
-    for name, result in results.items():
-        count, loads = COUNTS[name], sorted(result["load"])
-        of_one = f"{result['adapters_bytes'] / count / 1e6:.2f}" if count else ""
-        median = f"{1e3 * statistics.median(loads):.1f}" if count > 1 else ""
-        slowest = f"{1e3 * loads[int(0.95 * len(loads))]:.1f}" if count > 1 else ""
+    floor = min(results["base"]["seconds"])
+    for result in results.values():
+        loads = sorted(result["load"])
         cells = [
             result["label"],
-            f"{1 / result['seconds']['total']:.0f}",
-            f"{1 / result['fastest']:.0f}",
-            f"{floor / result['fastest']:.2f}",
+            f"{1 / statistics.median(result['seconds']):.0f}",
+            f"{1 / min(result['seconds']):.0f}",
+            f"{floor / min(result['seconds']):.2f}",
             f"{result['memory'] / 1e9:.2f}",
-            f"{result['adapters_held'] / 1e9:.2f}" if count else "",
-            of_one,
-            median,
-            slowest,
+            f"{result['adapters'] / 1e9:.2f}",
+            f"{1e3 * statistics.median(loads):.1f}" if len(loads) > 10 else "",
+            f"{1e3 * loads[int(0.95 * len(loads))]:.1f}" if len(loads) > 10 else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -201,7 +202,7 @@ def figure(measured: dict[str, Any], path: Path) -> None:
         rows = list(results.values())[::-1]
         labels = [row["label"].split(",")[0] if row["label"][0] != "1" else row["label"].split(", all")[0] for row in rows]
         for axes, values, unit in (
-            (left, [1 / row["seconds"]["total"] for row in rows], "tokens per second"),
+            (left, [1 / statistics.median(row["seconds"]) for row in rows], "tokens per second (median turn)"),
             (right, [row["memory"] / 1e9 for row in rows], "memory of the process, GB"),
         ):
             axes.barh(labels, values, color="#4477aa" if axes is left else "#ee6677")
@@ -211,7 +212,8 @@ def figure(measured: dict[str, Any], path: Path) -> None:
             axes.set_xlabel(unit)
             axes.spines[["top", "right"]].set_visible(False)
         right.set_yticks([])
-        left.set_title(f"adapters of {rows[0]['adapters_bytes'] / 1000 / 1e6:.1f} MB ({size})", fontsize=10, loc="left")
+        each = next(row["adapters"] / COUNTS[name] for name, row in results.items() if COUNTS[name])
+        left.set_title(f"adapters of {each / 1e6:.1f} MB ({size})", fontsize=10, loc="left")
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
 
@@ -225,11 +227,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare tokens with merged weights instead")
     parser.add_argument("--folder", type=Path, help="where adapters are written and looked for; default: a temporary one")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve-engine"), help="name without suffix")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        child(start, json.loads(arguments.child))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)) / arguments.size
         names = arguments.only or list(LABELS)
@@ -237,10 +235,8 @@ def main() -> None:
         if arguments.check:
             check(24, folder, arguments.size)
             return
-        labels = {name: LABELS[name] for name in names}
-        results = measure(labels, {"folder": str(folder)}, arguments.rounds, one_by_one=False)
-    print(table(results, arguments.size))
-    write(results, arguments.size, arguments.output)
+        measure(folder, names, arguments.rounds, lambda results: write(results, arguments.size, arguments.output))
+    print(arguments.output.with_suffix(".md").read_text())
 
 
 def prepare(folder: Path, size: str, count: int) -> None:
@@ -257,15 +253,13 @@ def write(results: dict[str, Any], size: str, output: Path) -> None:
     """Add these results to the files of both sizes."""
     stored = json.loads(output.with_suffix(".json").read_text())["sizes"] if output.with_suffix(".json").exists() else {}
     measured = {name: results if name == size else stored[name] for name in SIZES if name == size or name in stored}
-    for result in results.values():
-        result["load"] = [round(seconds, 5) for seconds in result["load"][:100]]
     head = (
         f"# Many adapters in one batch, end to end\n\n`python benchmarks/serve.py --part engine [--size demo]` on {device()}: "
-        f"{MODEL}, fp32, batches of {BATCH}, prompts of 16 to 32 tokens, answers of 24 to 40. Ratios compare the fastest turns, "
-        "to which other work on the machine has added least.\n\n"
+        f"{MODEL}, fp32, batches of {BATCH}, prompts of 16 to 32 tokens, answers of 24 to 40, room for {CACHE:,} cached tokens. "
+        "Ratios compare the fastest turns, to which other work on the machine has added least.\n\n"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"device": device(), "sizes": measured}, indent=1) + "\n")
+    output.with_suffix(".json").write_text(json.dumps({"device": device(), "sizes": measured}) + "\n")
     output.with_suffix(".md").write_text(head + "\n".join(table(results, name) for name, results in measured.items()))
     figure(measured, output.with_suffix(".png"))
 

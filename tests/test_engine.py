@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from peft import PeftModel
+from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import serving_tools as tools
@@ -122,8 +123,12 @@ def test_long_prompts_are_read_in_pieces(serve, adapters, monkeypatch):
         assert answers.tokens((name, seed)) == tools.merged_tokens(NAME, adapters[0].get(name), prompt(seed, 45), 8)
 
 
-def test_a_short_cache_delays_but_changes_nothing(serve, adapters):
-    """Room for two requests of full length: some are put off in the middle of their answer and read again."""
+def test_a_short_cache_delays_but_changes_nothing(serve, adapters, monkeypatch):
+    """Room for a few requests of full length: some are put off in the middle of their answer and read again."""
+    put_off, again = [], RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda state: put_off.append(state.request_id) or again(state)
+    )
     _, answers = serve(max_batch=12, max_cache_tokens=64, max_context=64)
     names = list(adapters[0])[:12]
     for name in names:
@@ -131,6 +136,7 @@ def test_a_short_cache_delays_but_changes_nothing(serve, adapters):
     answers.wait()
     for name in names:
         assert answers.tokens(name) == tools.merged_tokens(NAME, adapters[0][name], PROMPT, 50), name
+    assert put_off
 
 
 def test_no_prefix_is_shared_between_adapters(serve, adapters):

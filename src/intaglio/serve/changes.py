@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import final
 
@@ -28,6 +29,7 @@ from ..structure import is_transposed
 __all__ = ["Adapter", "Change", "Layers", "from_delta", "one_hot"]
 
 _LARGEST = 1e4  # no weight is this large, and with more an activation could overflow and spoil its batch
+_THREADS = 4
 _serial = itertools.count()
 
 
@@ -149,7 +151,8 @@ def from_delta(delta: Delta, layers: Layers) -> Adapter:
     Raises:
         ValueError: naming the parameter, for another base, another type, scattered entries, or anything but linear weights.
     """
-    return Adapter(dict(_change(delta, name, layers) for name in delta.selection))
+    with ThreadPoolExecutor(_THREADS) as pool:  # most of the time is hashing, which leaves the interpreter to others
+        return Adapter(dict(pool.map(lambda name: _change(delta, name, layers), delta.selection)))
 
 
 def one_hot(factor_NW: Tensor) -> Tensor | None:

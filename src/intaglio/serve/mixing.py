@@ -63,8 +63,9 @@ class Mixer:
             lengths: rows of each segment; default: all equal, one segment per sequence of an ordinary batch.
         """
         if self._last is None or not self._last.is_of(adapters, lengths):
+            self._last = None  # and with it a table that may have to grow
             self._last = Batch(adapters, lengths, self._tables)
-        self._batch = self._last if any(adapters) else None
+        self._batch = self._last if any(adapter is not None for adapter in adapters) else None
         try:
             yield
         finally:
