@@ -164,21 +164,18 @@ def quantile(values: list[float], q: float) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [
-        "| models | callers | requests | tokens/s | first token p50 s | p95 s | whole answer p50 s | p95 s |",
-        "|---|" + "---:|" * 7,
-    ]
+    lines = ["| models | callers | requests | tokens/s | ÷ base | first token p50 s | p95 s | whole answer p50 s | p95 s |"]
+    lines.append("|---|" + "---:|" * 8)
+    base = {row["callers"]: row["tokens_per_second"] for row in result["rows"] if row["models"] == "base"}
     for row in result["rows"]:
         times = [row[f"{name}_{q}"] for name in ("first_token", "latency") for q in ("p50", "p95")]
-        cells = [row["models"], row["callers"], row["requests"], f"{row['tokens_per_second']:.0f}", *(f"{t:.2f}" for t in times)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        speed = row["tokens_per_second"]
+        cells = [row["models"], row["callers"], row["requests"], f"{speed:.0f}", f"{speed / base[row['callers']]:.2f}"]
+        lines.append("| " + " | ".join([*map(str, cells), *(f"{t:.2f}" for t in times)]) + " |")
     hot = result["hot_load"]
-    lines += [
-        "",
-        f"Hot load over HTTP ({hot['adapters']} adapters of {result['adapter_bytes'] / 1e6:.1f} MB): median "
-        f"{hot['p50_ms']:.0f} ms, p95 {hot['p95_ms']:.0f} ms. Server's memory at the end: {result['server_rss_mb']:.0f} MB.",
-    ]
-    return "\n".join(lines)
+    size, memory = result["adapter_bytes"] / 1e6, result["server_rss_mb"]
+    lines += ["", f"Hot load over HTTP, {hot['adapters']} adapters of {size:.1f} MB: median {hot['p50_ms']:.0f} ms,"]
+    return "\n".join([*lines, f"p95 {hot['p95_ms']:.0f} ms. Memory of the server at the end: {memory:,.0f} MB."])
 
 
 if __name__ == "__main__":
