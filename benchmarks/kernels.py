@@ -51,8 +51,8 @@ TINY = [Case("o_proj", "columns", 48, 48, 5), Case("up_proj", "rows", 48, 80, 7)
 
 def contestants(case: Case, adapters: int, length: int, device: str, dtype: torch.dtype) -> dict[str, tuple[Callable, int]]:
     """Label -> (what adds the adapters to an output in place, bytes of adapters it reads); each adapter has `length` tokens."""
-    from intaglio.serve.vllm import kernels
-    from intaglio.serve.vllm.slots import OneHot, Slots
+    from intaglio.vllm_plugin import kernels
+    from intaglio.vllm_plugin.slots import OneHot, Slots
 
     slots = Slots(adapters, case.inputs, case.outputs, dtype, device)
     size = case.inputs if case.side == "columns" else case.outputs

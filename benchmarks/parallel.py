@@ -8,7 +8,7 @@ own product costs is shown beside them and is not part of any.
 
 * looped LoRA: two products per adapter, as PEFT's adapter_names runs it.
 * batched LoRA: two batched products over factors that lie stacked already, the rival of the ratios.
-* ours: what `intaglio.serve.mixing` runs: rows are stacked as they come, sizes may differ.
+* ours: what `intaglio.runtime.mixing` runs: rows are stacked as they come, sizes may differ.
 * one-hot LoRA: the same adapter as an exported LoRA on an engine that does not know it is one-hot, stacked and batched.
 * in a larger slot: the same, padded to a rank that vLLM takes (64 or 256).
 """
@@ -28,8 +28,8 @@ import torch
 from torch.nn import functional as F
 from turns import device
 
-from intaglio.serve.changes import Adapter, Change
-from intaglio.serve.mixing import Batch
+from intaglio.runtime.changes import Adapter, Change
+from intaglio.runtime.mixing import Batch
 
 RANK = 32
 # projection → inputs, outputs, channels of S2FT with as many parameters as LoRA of rank 32, and whether they are columns

@@ -70,8 +70,8 @@ def draw(model: Any, size: str, seed: int) -> Any:
 def measure(folder: Path, only: list[str], rounds: int, save: Any) -> None:
     """Turns of the contestants; `save` gets the results after each round."""
     from intaglio.hf.models import load_model
-    from intaglio.serve.engine import Engine
-    from intaglio.serve.store import AdapterStore
+    from intaglio.runtime.engine import Engine
+    from intaglio.runtime.store import AdapterStore
 
     model = load_model(MODEL, dtype=torch.float32)
     store = AdapterStore(model, base=MODEL)
@@ -104,7 +104,7 @@ def load(store: Any, folder: Path, count: int) -> list[float]:
 
 def run(engine: Any, names: list[Any], count: int, first: int) -> float:
     """Seconds per token of some requests, all asked at once."""
-    from intaglio.serve.engine import Sampling
+    from intaglio.runtime.engine import Sampling
 
     generator, over = torch.Generator().manual_seed(first), queue.Queue()
     tokens, began = 0, time.perf_counter()
@@ -124,8 +124,8 @@ def check(adapters: int, folder: Path, size: str) -> None:
     """Greedy tokens of mixed requests against those of merged weights."""
     from intaglio import Delta
     from intaglio.hf.models import load_model, load_tokenizer
-    from intaglio.serve.engine import Engine, Sampling
-    from intaglio.serve.store import AdapterStore
+    from intaglio.runtime.engine import Engine, Sampling
+    from intaglio.runtime.store import AdapterStore
 
     model, tokenizer = load_model(MODEL, dtype=torch.float32), load_tokenizer(MODEL)
     prompt = tokenizer("The three largest cities of Europe, by the number of people, are")["input_ids"]

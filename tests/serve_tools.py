@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from intaglio import Delta
 from intaglio.hf.equivalence import applied
+from intaglio.runtime.engine import Engine
+from intaglio.runtime.store import AdapterStore
 from intaglio.selection import Selection, Slices
 from intaglio.serve.app import create_app
-from intaglio.serve.engine import Engine
 from intaglio.serve.limits import Limits
 from intaglio.serve.service import Service
-from intaglio.serve.store import AdapterStore
 from intaglio.slots import fingerprint
 
 

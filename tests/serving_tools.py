@@ -6,9 +6,9 @@ import torch
 
 import tiny
 from intaglio import Delta, Selection
+from intaglio.runtime.changes import Layers
+from intaglio.runtime.sampling import Sampling
 from intaglio.selection import Slices
-from intaglio.serve.changes import Layers
-from intaglio.serve.sampling import Sampling
 from intaglio.slots import fingerprint
 
 

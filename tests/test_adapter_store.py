@@ -14,9 +14,9 @@ import serving_tools as tools
 import tiny
 from intaglio import Delta, Selection
 from intaglio.hf.lora import to_lora
+from intaglio.runtime.mixing import Mixer
+from intaglio.runtime.store import AdapterError, AdapterInUse, AdapterStore, DuplicateAdapter, UnknownAdapter
 from intaglio.selection import Elements, Whole
-from intaglio.serve.mixing import Mixer
-from intaglio.serve.store import AdapterError, AdapterInUse, AdapterStore, DuplicateAdapter, UnknownAdapter
 from intaglio.slots import fingerprint
 
 NAME = "gqa_llama"

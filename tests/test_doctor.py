@@ -14,13 +14,13 @@ import tiny
 from export_tools import handmade, rewrite
 from intaglio import Random
 from intaglio.cli import app
+from intaglio.doctor.engines import ENGINES, FEATURES
+from intaglio.doctor.examine import examine, slot_bytes
+from intaglio.doctor.running import parse
 from intaglio.hf.gguf_lora import to_gguf
 from intaglio.hf.lora import RANKS, to_lora
 from intaglio.hf.models import Outline, outline
 from intaglio.selection import Selection, Slices
-from intaglio.serve.doctor import examine, slot_bytes
-from intaglio.serve.engines import ENGINES, FEATURES
-from intaglio.serve.running import parse
 
 PARTS = {"down": ("mlp.down_proj", 1), "o": ("self_attn.o_proj", 1), "v": ("self_attn.v_proj", 0), "up": ("mlp.up_proj", 0)}
 
@@ -354,7 +354,7 @@ def test_vllm_on_a_cpu_without_our_plugin_is_refused(shelf, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
     assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu")
     assert not one("vllm", shelf / "plain", device="gpu")["refused"]
-    plugin = importlib.metadata.EntryPoint("intaglio", "intaglio.serve.vllm:register", "vllm.general_plugins")
+    plugin = importlib.metadata.EntryPoint("intaglio", "intaglio.vllm_plugin:register", "vllm.general_plugins")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: (plugin,))
     assert not one("vllm", shelf / "plain", device="cpu")["refused"]
 

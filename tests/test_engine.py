@@ -13,10 +13,10 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 import serving_tools as tools
 import tiny
 from intaglio.hf.lora import to_lora
-from intaglio.serve import batching
-from intaglio.serve.engine import Engine, Event, Sampling
-from intaglio.serve.sampling import Sampler
-from intaglio.serve.store import AdapterInUse, AdapterStore, UnknownAdapter
+from intaglio.runtime import batching
+from intaglio.runtime.engine import Engine, Event, Sampling
+from intaglio.runtime.sampling import Sampler
+from intaglio.runtime.store import AdapterInUse, AdapterStore, UnknownAdapter
 
 NAME = "gqa_llama"
 PROMPT = [5, 17, 60, 33, 8, 71, 12]
@@ -153,7 +153,7 @@ def test_the_planted_leak_is_seen(serve, adapters, monkeypatch):
         config.allow_block_sharing = True
         return config
 
-    monkeypatch.setattr("intaglio.serve.engine.settings", unsafe)
+    monkeypatch.setattr("intaglio.runtime.engine.settings", unsafe)
     first, second = leak(serve)
     assert first == tools.merged_tokens(NAME, adapters[0]["user0"], prompt(1, 50), 8)
     assert second != tools.merged_tokens(NAME, adapters[0]["user1"], prompt(1, 50), 8)

@@ -6,9 +6,9 @@ from torch import nn
 
 import serving_tools as tools
 import tiny
-from intaglio.serve.changes import Adapter, Change, Layers, from_delta
-from intaglio.serve.mixing import Mixer, mix_plainly
-from intaglio.serve.table import Table
+from intaglio.runtime.changes import Adapter, Change, Layers, from_delta
+from intaglio.runtime.mixing import Mixer, mix_plainly
+from intaglio.runtime.table import Table
 
 SEGMENTS = [1, 7, 1, 2, 5, 1, 1, 4, 6]  # short and long, of adapters and of none
 OWNERS = [0, 1, None, 2, None, 3, 0, None, 2]

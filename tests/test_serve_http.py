@@ -12,8 +12,8 @@ from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 import serve_tools
+from intaglio.runtime.store import AdapterStore
 from intaglio.serve.limits import Limits
-from intaglio.serve.store import AdapterStore
 from serve_tools import Twin, make_adapter, running, wait_until
 
 HELLO = [{"role": "user", "content": "Hello there"}]

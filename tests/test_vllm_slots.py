@@ -13,9 +13,9 @@ import torch
 import tiny
 from intaglio import S2FT, attach
 from intaglio.hf.lora import to_lora
-from intaglio.serve.vllm import cpu, reference
-from intaglio.serve.vllm.plugin import TESTED, refusal, register
-from intaglio.serve.vllm.slots import Pool, Slots, recognise
+from intaglio.vllm_plugin import cpu, reference
+from intaglio.vllm_plugin.plugin import TESTED, refusal, register
+from intaglio.vllm_plugin.slots import Pool, Slots, recognise
 from vllm_tools import BATCHES, BF16, COUNTS, FP32, INPUTS, OUTPUTS, mixed, one_hot, ragged, step
 
 SIDES = ["columns", "rows"]
@@ -239,4 +239,4 @@ def test_registering_touches_nothing_where_it_may_not(monkeypatch, caplog):
 
 def test_the_entry_point_is_the_function():
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    assert '[project.entry-points."vllm.general_plugins"]\nintaglio = "intaglio.serve.vllm.plugin:register"' in project
+    assert '[project.entry-points."vllm.general_plugins"]\nintaglio = "intaglio.vllm_plugin.plugin:register"' in project

@@ -2,7 +2,7 @@
 
 import torch
 
-from intaglio.serve.vllm.slots import OneHot, Slots
+from intaglio.vllm_plugin.slots import OneHot, Slots
 
 FP32, BF16 = torch.float32, torch.bfloat16
 INPUTS, OUTPUTS = 70, 45  # no multiple of any block

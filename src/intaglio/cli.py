@@ -217,7 +217,7 @@ def doctor(
     def work() -> dict[str, Any]:
         if not serve:
             raise ValueError("doctor: say what to look at: intaglio doctor --serve ADAPTER…")
-        from .serve.doctor import examine
+        from .doctor.examine import examine
 
         against = {"command": command, "version": version, "device": device}
         return examine(adapters or [], engine, base=base, slots=slots, reload=reload, **against)

@@ -108,7 +108,7 @@ def outline(name: str, **kwargs: Any) -> Outline:
     import transformers
 
     check_available(name, **kwargs)
-    config = transformers.AutoConfig.from_pretrained(_resolve(name), **_where(kwargs))
+    config = transformers.AutoConfig.from_pretrained(model_path(name), **_where(kwargs))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     found = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) or is_transposed(m)}

@@ -1,1 +1,1 @@
-"""Serve adapters: many users, one base."""
+"""Serve one base and its adapters over HTTP."""

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 from anyio import CapacityLimiter, to_thread
 
+from ..runtime.engine import Engine, Event, Sampling
 from .chat import Prompter
-from .engine import Engine, Event, Sampling
 from .errors import ApiError
 from .limits import Admission
 from .metrics import Metrics

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
+from ..runtime.store import AdapterError, AdapterInUse, UnknownAdapter
 from . import errors, replies
 from .errors import ApiError
 from .limits import Gate
@@ -19,7 +20,6 @@ from .metrics import Counted
 from .page import HEADERS, PAGE
 from .protocol import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from .service import Service
-from .store import AdapterError, AdapterInUse, UnknownAdapter
 from .text import Piece
 
 __all__ = ["create_app"]

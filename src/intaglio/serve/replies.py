@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..runtime.store import AdapterInfo
 from .errors import ApiError
 from .protocol import ChatRequest, CompletionRequest
-from .store import AdapterInfo
 from .text import Piece
 
 __all__ = ["Reply", "models"]

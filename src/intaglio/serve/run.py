@@ -177,9 +177,9 @@ def _start(options: Options) -> Service:
     """The base, its adapters and the engine, which runs."""
     from ..hf.models import load_model, load_tokenizer
     from ..run_folder import adapter_of
-    from .engine import Engine
+    from ..runtime.engine import Engine
+    from ..runtime.store import AdapterStore
     from .service import Service
-    from .store import AdapterStore
 
     tokenizer = load_tokenizer(options.base)
     model: Any = load_model(options.base, **({} if options.dtype is None else {"dtype": options.dtype})).eval()

@@ -10,9 +10,9 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 
+from ..runtime.engine import Engine
 from .answering import Answerer
 from .chat import Prompter
-from .engine import Engine
 from .errors import ApiError
 from .limits import Admission, Keys, Limits, confined
 from .metrics import Metrics

@@ -1,0 +1,1 @@
+"""Run many adapters of one base at once: what the server is built on, without HTTP."""
