@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.utils import find_labels
+from transformers.utils.generic import find_labels
 
 from ..adapters import is_peft
 from ..layer_method import LayerMethod
@@ -152,7 +152,7 @@ def _sample(model: Any, dataloader: Any, size: int, seed: int) -> list[Mapping[s
     )
     with torch.random.fork_rng([]):  # a collator may draw
         torch.default_generator.manual_seed(seed)
-        batches = [dict(batch) for batch, _ in zip(own, range(_PROBE_BATCHES), strict=False)]
+        batches: list[Mapping[str, Any]] = [dict(batch) for batch, _ in zip(own, range(_PROBE_BATCHES), strict=False)]
     labels = find_labels(type(model.get_base_model() if is_peft(model) else model))
     if labels and batches and not any(label in batches[0] for label in labels):
         raise ValueError(
