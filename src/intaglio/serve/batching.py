@@ -36,6 +36,7 @@ class Desk(Protocol):
 
     def choose(self, id_: str, logits_V: Tensor) -> int:
         """The request's next token."""
+        ...
 
     def deliver(self, output: GenerationOutput) -> None:
         """Take a request's tokens so far, or its end."""
