@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Desk(Protocol):
 
     def choose(self, id_: str, logits_V: Tensor) -> int:
         """The request's next token."""
+        ...
 
     def deliver(self, output: GenerationOutput) -> None:
         """Take a request's tokens so far, or its end."""
@@ -104,7 +105,7 @@ class Manager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         assert self.batch_processor is not None
-        batch = self.batch_processor.inputs_and_outputs.requests_in_batch
+        batch = self.batch_processor.inputs_and_outputs.requests_in_batch  # pyright: ignore[reportAttributeAccessIssue]
         self._desk.run([(r.state.request_id, r.query_length) for r in batch], super()._generation_step)
 
 
@@ -112,10 +113,8 @@ class Manager(ContinuousBatchingManager):
 class _Choice(ContinuousBatchingLogitsProcessor):
     """Lets each request choose its token: its row becomes one whose greatest entry is that token."""
 
-    supported_kwargs: ClassVar[dict[str, type]] = {}
-    ignored_kwargs: tuple[str, ...] = ()
-
     def __init__(self, desk: Desk) -> None:
+        self.supported_kwargs, self.ignored_kwargs = {}, ()
         self._desk: Desk = desk
         self._rows: list[str] = []
 
