@@ -92,9 +92,10 @@ def _form(adapter: Candidate, plan: Plan) -> Iterator[str]:
     if adapter.form == "gguf" and plan.engine.form != "gguf":
         yield f"a GGUF LoRA, which {plan.engine.name} does not load; export the adapter with --to lora"
     if adapter.form == "delta" and adapter.other:
-        rest = f" and {len(adapter.other) - 1} more" if len(adapter.other) > 1 else ""
+        first, more = adapter.other[0], len(adapter.other) - 1
+        rest = f" and {more} more" if more else ""
         yield (
-            f"holds {adapter.other[0]}{rest}, which no LoRA holds exactly; intaglio export --to approximate-lora measures what "
+            f"holds {first}{rest}, which no LoRA holds exactly; intaglio export --to approximate-lora measures what "
             "is lost, --to merged makes a model of its own"
         )
     elif adapter.form == "delta":
