@@ -193,7 +193,7 @@ def _with_xllamacpp(asked: dict[str, Any], file: str | None, ids: list[int]) -> 
     server = xllamacpp.Server(parameters)
     options = {"n_predict": 1, "temperature": 0.0, "n_probs": asked["top"], "post_sampling_probs": False}
     result = server.handle_completions({"prompt": ids, **options})
-    best = result["completion_probabilities"][0]["top_logprobs"]
+    best = result["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return [[entry["id"], entry["logprob"]] for entry in best]
 
 

@@ -92,9 +92,10 @@ def _form(adapter: Candidate, plan: Plan) -> Iterator[str]:
     if adapter.form == "gguf" and plan.engine.form != "gguf":
         yield f"a GGUF LoRA, which {plan.engine.name} does not load; export the adapter with --to lora"
     if adapter.form == "delta" and adapter.other:
-        rest = f" and {len(adapter.other) - 1} more" if len(adapter.other) > 1 else ""
+        first, more = adapter.other[0], len(adapter.other) - 1
+        rest = f" and {more} more" if more else ""
         yield (
-            f"holds {adapter.other[0]}{rest}, which no LoRA holds exactly; intaglio export --to approximate-lora measures what "
+            f"holds {first}{rest}, which no LoRA holds exactly; intaglio export --to approximate-lora measures what "
             "is lost, --to merged makes a model of its own"
         )
     elif adapter.form == "delta":
@@ -106,17 +107,25 @@ def _form(adapter: Candidate, plan: Plan) -> Iterator[str]:
 
 
 def _features(adapter: Candidate, plan: Plan) -> Iterator[str]:
-    for name, meaning in FEATURES.items():
-        value, verb = adapter.config.get(name), plan.engine.features.get(name)
-        if verb is None or value in _HARMLESS or (name == "init_lora_weights" and (value is True or value in _PLAIN_STARTS)):
-            continue
-        if name == "modules_to_save" and plan.engine.name == "vllm" and set(value) <= {"classifier", "score"}:
-            continue
-        yield f"{name}={value!r}: holds {meaning}, which {plan.engine.name} {verb}: it would not serve the trained model"
-    if adapter.form == "lora" and adapter.other and not any(adapter.config.get(n) not in _HARMLESS for n in FEATURES):
+    found = [name for name in FEATURES if _holds(adapter, name, plan.engine)]
+    for name in found:
+        value, verb = adapter.config[name], plan.engine.features[name]
+        holds = f"{name}={value!r}: holds {FEATURES[name]}"
+        yield f"{holds}, which {plan.engine.name} {verb}: it would not serve the trained model"
+    if adapter.form == "lora" and adapter.other and not found:
         yield f"holds {adapter.other[0]}, which is no factor of a LoRA: {plan.engine.name} would serve something else"
     if adapter.config.get("use_rslora") and not plan.engine.rslora:
         yield f"use_rslora: {plan.engine.name} scales by alpha / r all the same, not by alpha / √r"
+
+
+def _holds(adapter: Candidate, feature: str, engine: Engine) -> bool:
+    """Whether an adapter has a feature that the engine does not compute."""
+    value = adapter.config.get(feature)
+    if feature not in engine.features or value in _HARMLESS:
+        return False
+    if feature == "init_lora_weights":
+        return value is not True and value not in _PLAIN_STARTS
+    return not (feature == "modules_to_save" and engine.name == "vllm" and set(value) <= {"classifier", "score"})
 
 
 def _patterns(adapter: Candidate, plan: Plan) -> Iterator[str]:
