@@ -29,7 +29,7 @@ from held import held, settle
 from turns import device
 
 MODEL, BATCH, REQUESTS = "smollm2-135m", 64, 96
-CONTEXT, CACHE = 512, 72 * BATCH  # tokens of a request at most, and of all that run together
+CONTEXT, CACHE = 512, 56 * BATCH  # tokens of a request at most, and of all that run together
 # name → channels of each down projection, and layers in which a head of the output projection is trained
 SIZES = {"ffn": (31, 0), "demo": (46, 16)}
 COUNTS = {"base": 0, "one": 1, "sixteen": 16, "batch": 64, "thousand": 1000}

@@ -98,7 +98,7 @@ def test_tokens_are_those_of_peft_with_exported_loras(serve, adapters, tmp_path)
         assert answers.tokens(name) == row, name
 
 
-@pytest.mark.parametrize("name", ["tied_llama", "qkv_bias_qwen2", "head_dim_qwen3", "fused_phi3", "mixtral", "interleaved_neox"])
+@pytest.mark.parametrize("name", [name for name in tiny.CAUSAL if name != NAME])
 def test_other_architectures(serve, tmp_path, name):
     model = tiny.build(name)
     store, deltas = AdapterStore(model), {}
@@ -494,11 +494,12 @@ def test_an_engine_that_was_not_started_takes_nothing():
 def test_the_model_is_left_as_it_was(serve):
     model = tiny.build(NAME)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    attention = model.config._attn_implementation
+    attention, random = model.config._attn_implementation, torch.get_rng_state()
     engine, answers = serve(model)
     answers.ask("user0", PROMPT, 4, "user0")
     answers.wait()
     engine.stop()
+    assert torch.equal(torch.get_rng_state(), random)
     assert model.config._attn_implementation == attention
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())

@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,20 @@ def read(directory: str | os.PathLike[str]) -> Contents:
     """
     folder = Path(directory)
     config = _own_config(folder)
-    raw = _read_weights(folder / WEIGHTS, config["sha256"])
+    content = _bytes(folder / WEIGHTS)
+    with ThreadPoolExecutor(1) as pool:  # hashing takes as long as all the rest, and beside it
+        hashed = pool.submit(lambda: hashlib.sha256(content).hexdigest())
+        try:
+            contents = _parse(folder, config, content)
+        except Exception:
+            _check_hash(folder / WEIGHTS, config["sha256"], hashed.result())  # the better reason, if it is one
+            raise
+    _check_hash(folder / WEIGHTS, config["sha256"], hashed.result())
+    return contents
+
+
+def _parse(folder: Path, config: dict[str, Any], content: bytes) -> Contents:
+    raw = _tensors(folder / WEIGHTS, content)
     selection, values, fingerprints = {}, {}, {}
     for name, fields in config["parameters"].items():
         record = Record.parse(name, fields)
@@ -220,15 +234,20 @@ def _own_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(path: Path, expected: str | None) -> dict[str, Tensor]:
+def _bytes(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"{path}: missing")
-    raw = path.read_bytes()
-    found = hashlib.sha256(raw).hexdigest()
+    return path.read_bytes()
+
+
+def _check_hash(path: Path, expected: str | None, found: str) -> None:
     if expected is not None and found != expected:
         raise ValueError(f"{path}: damaged or truncated: SHA-256 {expected[:12]}… expected, {found[:12]}… found")
+
+
+def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(raw)
+        return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: damaged or truncated, not safetensors ({error})") from error
 

@@ -8,7 +8,7 @@ list of logits processors, the router of outputs, and the start and end of the l
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, final
 
 import torch
@@ -31,10 +31,10 @@ class Desk(Protocol):
     def before_step(self) -> None:
         """Between two steps."""
 
-    def run(self, requests: Sequence[tuple[str, int]], step: Any) -> None:
+    def run(self, batch: Sequence[tuple[str, int]], step: Callable[[], None]) -> None:
         """Call `step` so that these requests, with as many rows each, find their adapters."""
 
-    def choose(self, request: str, logits_V: Tensor) -> int:
+    def choose(self, id_: str, logits_V: Tensor) -> int:
         """The request's next token."""
 
     def deliver(self, output: GenerationOutput) -> None:
@@ -66,6 +66,9 @@ class Manager(ContinuousBatchingManager):
 
     def start(self) -> None:
         """Start the thread; it does not keep the process alive."""
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # transformers seeds the whole process
+            self.batch_processor = self._create_batch_processor()
         self.background_thread_status.clear()
         self._generation_thread = threading.Thread(target=self._run_generation_loop, name="intaglio-engine", daemon=True)
         self._generation_thread.start()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import final
 
@@ -29,7 +29,6 @@ from ..structure import is_transposed
 __all__ = ["Adapter", "Change", "Layers", "from_delta", "one_hot"]
 
 _LARGEST = 1e4  # no weight is this large, and with more an activation could overflow and spoil its batch
-_THREADS = 4
 _serial = itertools.count()
 
 
@@ -137,8 +136,10 @@ class Layers:
 
     def sizes(self, path: str) -> tuple[int, int]:
         """Inputs and outputs of a layer."""
-        layer = self.by_path[path]
-        return tuple(layer.weight.shape) if is_transposed(layer) else tuple(layer.weight.shape[::-1])
+        weight = self.by_path[path].weight
+        assert isinstance(weight, Tensor)
+        first, second = weight.shape
+        return (first, second) if is_transposed(self.by_path[path]) else (second, first)
 
 
 def from_delta(delta: Delta, layers: Layers) -> Adapter:
@@ -151,8 +152,20 @@ def from_delta(delta: Delta, layers: Layers) -> Adapter:
     Raises:
         ValueError: naming the parameter, for another base, another type, scattered entries, or anything but linear weights.
     """
-    with ThreadPoolExecutor(_THREADS) as pool:  # most of the time is hashing, which leaves the interpreter to others
-        return Adapter(dict(pool.map(lambda name: _change(delta, name, layers), delta.selection)))
+    changes: dict[str, Change] = {}
+    found: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as pool:  # half of the time is hashing, which leaves the interpreter to others
+        for name in delta.selection:
+            path, base = _base(delta, name, layers)
+            found[name] = pool.submit(fingerprint, base)
+            changes[path] = _change(delta, name, layers.by_path[path], base)
+    for name, future in found.items():
+        if future.result() != delta.fingerprints[name]:
+            raise ValueError(
+                f"{name}: base fingerprint {delta.fingerprints[name]} expected, {future.result()} found: this adapter was "
+                f"trained on another base ({delta.base!r})"
+            )
+    return Adapter(changes)
 
 
 def one_hot(factor_NW: Tensor) -> Tensor | None:
@@ -173,7 +186,8 @@ def check_values(name: str, values: Tensor) -> None:
         raise ValueError(f"{name}: holds {largest:g}; values must be finite and at most {_LARGEST:g}")
 
 
-def _change(delta: Delta, name: str, layers: Layers) -> tuple[str, Change]:
+def _base(delta: Delta, name: str, layers: Layers) -> tuple[str, Tensor]:
+    """The layer's path, and the base's values where the delta has its own."""
     entries, tuned = delta.selection[name], delta.values[name]
     path, layer = layers.of(name)
     if not isinstance(entries, Slices):
@@ -187,19 +201,18 @@ def _change(delta: Delta, name: str, layers: Layers) -> tuple[str, Change]:
         raise ValueError(
             f"{name}: made for {list(entries.shape)} in {tuned.dtype}, the model has {list(weight.shape)} in {weight.dtype}"
         )
-    base = entries.to(weight.device).gather(weight)
-    found = fingerprint(base)
-    if found != delta.fingerprints[name]:
-        raise ValueError(
-            f"{name}: base fingerprint {delta.fingerprints[name]} expected, {found} found: this adapter was trained on "
-            f"another base ({delta.base!r})"
-        )
-    difference = tuned.to(base) - base
+    return path, entries.to(weight.device).gather(weight)
+
+
+def _change(delta: Delta, name: str, layer: nn.Module, base: Tensor) -> Change:
+    entries = delta.selection[name]
+    assert isinstance(entries, Slices)  # _base has refused all else
+    difference = delta.values[name].to(base) - base
     check_values(name, difference)
     rows = difference if entries.dim == 0 else difference.T
-    index = entries.index.to(weight.device)
+    index = entries.index.to(base.device)
     of_inputs = (entries.dim == 0) == is_transposed(layer)
-    return path, Change(index, rows) if of_inputs else Change(rows, index)
+    return Change(index, rows) if of_inputs else Change(rows, index)
 
 
 def _packed(changes: Mapping[str, Change]) -> dict[str, Change]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from .batching import Manager, cache_tokens, settings
 from .mixing import Mixer
@@ -61,7 +61,8 @@ class Engine:
         tokens = max_cache_tokens or cache_tokens(config, model.dtype.itemsize, max_batch, self.max_context)
         _check(max_batch, self.max_context, longest, tokens)
         self.store, self._eos = store, list(eos)
-        self._vocabulary = model.get_input_embeddings().num_embeddings
+        embeddings: Any = model.get_input_embeddings()
+        self._vocabulary: int = embeddings.num_embeddings
         self._mixer = Mixer(model, store.layers)
         self._requests = Requests(store, self._mixer, frozenset(eos), lambda id_: self._manager.cancel_request(id_))
         self._manager = Manager(model, self._requests, settings(tokens, max_batch))

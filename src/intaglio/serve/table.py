@@ -28,7 +28,7 @@ class Table:
     """
 
     def __init__(self, width: int) -> None:
-        self.rows, self.starts = torch.empty(0, width), {}
+        self.rows, self.starts = torch.empty(0, width), dict[int, int]()
         self._sizes: dict[int, int] = {}
 
     def place(self, adapters: Sequence[Adapter]) -> None:
