@@ -37,7 +37,7 @@ TOP = 5  # most likely next tokens compared per prompt
 def main() -> None:
     """Write the files, ask llama.cpp, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tolerance", type=float, default=2e-3, help="greatest difference of a log probability; default 2e-3")
+    parser.add_argument("--tolerance", type=float, default=3e-2, help="greatest difference of a log probability; default 3e-2")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has xllamacpp or llama-cpp-python")
     parser.add_argument("--ask", nargs=2, metavar=("REQUEST", "ANSWER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
