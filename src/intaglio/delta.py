@@ -75,7 +75,7 @@ class Delta:
         """
         if self._originals is None:
             raise ValueError("this Delta is not applied; nothing to revert")
-        for name, parameter in self.parameters(model).items():
+        for name, parameter in self._named(model).items():  # it may have been cast since, to a wider type and back
             if not torch.equal(self.selection[name].to(parameter.device).gather(parameter), self.values[name].to(parameter)):
                 raise ValueError(f"{name}: the model no longer holds this Delta's values; was it applied to another model?")
         self._write(model, self._originals)
@@ -100,12 +100,9 @@ class Delta:
         Raises:
             ValueError: naming the first that is missing, of another shape or type, or without values of its own.
         """
-        parameters, found = dict(model.named_parameters()), {}
-        for name, entries in self.selection.items():
-            if name not in parameters:
-                raise ValueError(f"{name}: the model has no such parameter; this adapter's base is {self.base!r}")
-            found[name] = parameters[name]
-            _check_parameter(name, found[name], entries, self.values[name].dtype)
+        found = self._named(model)
+        for name, parameter in found.items():
+            _check_parameter(name, parameter, self.selection[name], self.values[name].dtype)
         return found
 
     def originals(self, model: nn.Module) -> dict[str, Tensor]:
@@ -143,8 +140,15 @@ class Delta:
     def __repr__(self) -> str:
         return f"Delta({self.method.get('name', '?')}, {self.selection!r}, base={self.base!r})"
 
+    def _named(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        parameters = dict(model.named_parameters())
+        missing = next((name for name in self.selection if name not in parameters), None)
+        if missing is not None:
+            raise ValueError(f"{missing}: the model has no such parameter; this adapter's base is {self.base!r}")
+        return {name: parameters[name] for name in self.selection}
+
     def _write(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters(model).items():
+        for name, parameter in self._named(model).items():
             self.selection[name].to(parameter.device).scatter_(parameter, values[name].to(parameter.device))
 
 
