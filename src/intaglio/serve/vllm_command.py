@@ -6,102 +6,44 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Lora", "describe", "run", "vllm_command"]
-
-_MOST_SLOTS = 8  # each takes memory by rank and modules, used or not; more adapters than that take turns
-
-
-@dataclass(frozen=True)
-class Lora:
-    """What vLLM must be told of one adapter.
-
-    Attributes:
-        name: what callers give as `model`.
-        source: an adapter folder of Intaglio's, or a stock LoRA.
-        rank: of the LoRA, as stored.
-        targets: last names of the modules it changes.
-        dtype: that the base must be loaded in, e.g. "bfloat16"; None where any will do.
-    """
-
-    name: str
-    source: Path
-    rank: int
-    targets: frozenset[str]
-    dtype: str | None
-
-    @property
-    def stock(self) -> bool:
-        """Whether it is a stock LoRA already."""
-        return self.dtype is None
-
-
-def describe(name: str, path: Path) -> Lora:
-    """Read what vLLM must be told of an adapter; no model is loaded.
-
-    Raises:
-        ValueError: for a damaged folder, or one that no LoRA can hold.
-    """
-    from ..adapter_folder import WEIGHTS, read_config
-    from ..run_folder import adapter_of
-
-    folder, _ = adapter_of(path)
-    if read_config(folder).get("peft_type") == "LORA":
-        rank, targets = _stock(folder, WEIGHTS)
-        return Lora(name, folder, rank, targets, None)
-    from ..delta import Delta
-    from ..hf.lora import lora_rank
-
-    delta = Delta.load(folder)
-    targets = frozenset(parameter.split(".")[-2] for parameter in delta.selection)
-    dtype = str(next(iter(delta.values.values())).dtype).removeprefix("torch.")
-    return Lora(name, folder, lora_rank(delta.selection), targets, dtype)
+__all__ = ["run", "vllm_command"]
 
 
 def vllm_command(
     base: str,
-    loras: Sequence[Lora],
     folders: Mapping[str, Path],
+    settings: Mapping[str, Any],
     *,
+    dtype: str | None,
     served_name: str,
     host: str,
     port: int,
     max_context: int | None = None,
 ) -> list[str]:
-    """The command that serves these adapters with vLLM: the smallest rank it takes, just the modules that are needed.
-
-    vLLM drops modules outside `--lora-target-modules` without a word, and reserves memory by `--max-lora-rank`.
+    """The command that serves these adapters with vLLM.
 
     Args:
         base: folder or hub name of the base.
-        loras: the adapters, at least one.
         folders: name → folder of its LoRA.
+        settings: rank, targets and slots, as `doctor` finds them for vLLM.
+        dtype: that the base must be loaded in, e.g. "bfloat16"; None where any will do.
         served_name: what callers give as `model` for the base.
         host: address to listen on.
         port: port to listen on.
         max_context: tokens of prompt and answer; default the model's.
 
-    Raises:
-        ValueError: where the adapters need different types of the base, or a rank above 512.
-
     Source: vLLM 0.32, `python -m vllm.entrypoints.openai.api_server --help`.
     """
-    dtypes = {lora.dtype for lora in loras if lora.dtype is not None}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"--adapter: the adapters need the base in different types ({', '.join(sorted(dtypes))}); serve them apart"
-        )
-    slots = str(min(len(loras), _MOST_SLOTS))
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", served_name]
-    command += ["--host", host, "--port", str(port), *(["--dtype", dtypes.pop()] if dtypes else [])]
+    command += ["--host", host, "--port", str(port), *(["--dtype", dtype] if dtype else [])]
     command += [] if max_context is None else ["--max-model-len", str(max_context)]
-    command += ["--enable-lora", "--max-lora-rank", str(_rank(loras)), "--max-loras", slots, "--max-cpu-loras", str(len(loras))]
-    command += ["--lora-target-modules", *sorted(frozenset[str]().union(*(lora.targets for lora in loras)))]
-    return [*command, "--lora-modules", *(f"{lora.name}={folders[lora.name]}" for lora in loras)]
+    command += ["--enable-lora", "--max-lora-rank", str(settings["rank"]), "--max-loras", str(settings["slots"])]
+    command += ["--max-cpu-loras", str(len(folders)), "--lora-target-modules", *settings["targets"]]
+    return [*command, "--lora-modules", *(f"{name}={folder}" for name, folder in folders.items())]
 
 
 def run(
@@ -127,7 +69,8 @@ def run(
         The command as a shell takes it, for a dry run; otherwise this process ends as vLLM's.
 
     Raises:
-        ValueError: where vLLM is not installed, for no adapter, more keys than one, or what `describe` refuses.
+        ValueError: where vLLM is not installed, for no adapter, more keys than one, adapters that need the base in different
+            types, or what vLLM would not serve rightly, as `doctor` tells.
     """
     if not adapters:
         raise ValueError("--engine vllm: give at least one --adapter NAME=PATH; without adapters run vLLM itself")
@@ -138,50 +81,48 @@ def run(
             "--engine vllm: vLLM is not installed here: pip install 'vllm>=0.32'. --dry-run prints the command for elsewhere; "
             "without --engine Intaglio serves by itself"
         )
-    loras = [describe(name, path) for name, path in adapters.items()]
-    folders = {lora.name: lora.source if lora.stock else output / lora.name for lora in loras}
-    if dry_run:
-        return shlex.join(vllm_command(base, loras, folders, **options))
+    from ..doctor.examine import examine
     from ..hf.models import model_path
+    from ..run_folder import adapter_of
 
-    command = vllm_command(model_path(base), loras, folders, **options)
-    _export(base, [lora for lora in loras if not lora.stock], folders)
+    sources = {name: adapter_of(path)[0] for name, path in adapters.items()}
+    found = examine([f"{name}={folder}" for name, folder in sources.items()], "vllm", base=base)["engines"]["vllm"]
+    if found["refused"]:
+        raise ValueError(f"--engine vllm: {'; '.join(found['refused'])}")
+    trained = {name: dtype for name, folder in sources.items() if (dtype := _dtype(folder)) is not None}
+    options["dtype"] = _one(trained.values())
+    folders = {name: output / name if name in trained else folder for name, folder in sources.items()}
+    if dry_run:
+        return shlex.join(vllm_command(base, folders, found, **options))
+    command = vllm_command(model_path(base), folders, found, **options)
+    _export(base, {name: sources[name] for name in trained}, folders, options["dtype"])
     environment = os.environ | ({"VLLM_API_KEY": keys[0]} if keys else {})
     return os.execvpe(command[0], command, environment)  # noqa: S606
 
 
-def _export(base: str, loras: Sequence[Lora], folders: Mapping[str, Path]) -> None:
+def _dtype(folder: Path) -> str | None:
+    """The type of the base that an adapter of ours was trained on; None for a stock LoRA, which fits any."""
+    from ..adapter_folder import read_config
+
+    return next((fields["dtype"] for fields in read_config(folder).get("parameters", {}).values()), None)
+
+
+def _one(dtypes: Collection[str]) -> str | None:
+    if len(set(dtypes)) > 1:
+        raise ValueError(
+            f"--adapter: the adapters need the base in different types ({', '.join(sorted(set(dtypes)))}); serve them apart"
+        )
+    return next(iter(dtypes), None)
+
+
+def _export(base: str, sources: Mapping[str, Path], folders: Mapping[str, Path], dtype: str | None) -> None:
     """Write the LoRA folders, each checked against its adapter; the base is loaded once."""
-    if not loras:
+    if not sources:
         return
     from ..delta import Delta
     from ..hf.lora import to_lora
     from ..hf.models import load_model
 
-    model = load_model(base, dtype=loras[0].dtype)
-    for lora in loras:
-        to_lora(Delta.load(lora.source), model, folders[lora.name], overwrite=True)
-
-
-def _rank(loras: Sequence[Lora]) -> int:
-    from ..hf.lora import RANKS
-
-    widest = max(loras, key=lambda lora: lora.rank)
-    fitting = [rank for rank in RANKS if rank >= widest.rank]
-    if not fitting:
-        raise ValueError(f"--adapter {widest.name}: rank {widest.rank}; vLLM takes at most {RANKS[-1]}")
-    return fitting[0]
-
-
-def _stock(folder: Path, weights: str) -> tuple[int, frozenset[str]]:
-    """Greatest rank and modules of a stock LoRA, from the shapes in its file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / weights, "pt") as file:
-            ranks = {key.split(".")[-3]: file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / weights}: missing or damaged ({error})") from error
-    if not ranks:
-        raise ValueError(f"{folder / weights}: holds no LoRA factors")
-    return max(ranks.values()), frozenset(ranks)
+    model = load_model(base, dtype=dtype)
+    for name, folder in sources.items():
+        to_lora(Delta.load(folder), model, folders[name], overwrite=True)
