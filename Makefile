@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test peft-suite selective-parity lint format clean help
+.PHONY: demo test peft-suite selective-parity kernels lint format clean help
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
 	@echo "make test    the whole test-suite        make lint    ruff, pyright, import-linter"
 	@echo "make peft-suite  PEFT's own tests on our configs (fetches its source distribution)"
 	@echo "make selective-parity  bit-equality with the authors' ID3 (fetches selective-optimizers 0.4)"
+	@echo "make kernels  the vLLM plugin's GPU kernels in Triton's interpreter (fetches triton 3.9)"
 	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
 
 # Torch first, so that nothing else pulls a build of its choice. Where the default index serves a CUDA build (Linux) and
@@ -57,6 +58,15 @@ build/selective/.ready: $(READY)
 
 selective-parity: build/selective/.ready
 	PYTHONPATH=build/selective $(BIN)/python -m pytest tests/test_selective_parity.py $(ARGS)
+
+# The vLLM plugin's GPU kernels in Triton's interpreter; Triton is large and nothing else needs it.
+build/triton/.ready: $(READY)
+	rm -rf build/triton && mkdir -p build/triton
+	$(PIP) --no-deps --target build/triton triton==3.9.0
+	touch $@
+
+kernels: build/triton/.ready
+	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/test_vllm_kernels.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
