@@ -178,6 +178,28 @@ def test_files_that_changed_since_are_not_taken(base, folders, tmp_path):
         store.fetch("a")
 
 
+def test_configs_that_break_their_reader_are_refused(base, folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "deep")
+    (tmp_path / "deep/adapter_config.json").write_text("[" * 100_000)
+    store = AdapterStore(base)
+    with pytest.raises(AdapterError, match="damaged"):
+        store.load("deep", tmp_path / "deep")
+    assert not store.infos()
+
+
+def test_an_unknown_adapter_is_named(base):
+    with pytest.raises(UnknownAdapter, match="nobody"):
+        AdapterStore(base).fetch("nobody")
+
+
+def test_a_lora_that_changed_its_base_too_is_refused(base, tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterError, match="init_lora_weights='pissa_niter_4'"):
+        AdapterStore(base).load("a", tmp_path)
+
+
 def test_an_adapter_in_use_stays(base, folders):
     store = AdapterStore(base)
     store.load("a", folders[0])

@@ -204,6 +204,29 @@ def test_wrong_order_of_calls(adapter):
     assert same(model, tuned)
 
 
+def test_an_interrupted_call_leaves_no_half_tuned_model(tmp_path, monkeypatch):
+    model = tiny.build("gqa_llama", dtype=torch.bfloat16)
+    delta, before, writes = Delta.load(trained().save(tmp_path / "adapter")), state(model), []
+    scatter = Slices.scatter_
+
+    def interrupted(self, *args):
+        writes.append(1)
+        if len(writes) == 3:
+            raise KeyboardInterrupt
+        scatter(self, *args)
+
+    monkeypatch.setattr(Slices, "scatter_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        delta.apply_(model)
+    assert same(model, before)
+    delta.apply_(model)
+    writes.clear()
+    with pytest.raises(KeyboardInterrupt):
+        delta.revert_(model)
+    delta.revert_(model)
+    assert same(model, before)
+
+
 def test_disjoint_adapters_stack_exactly():
     """S2FT checklist 15: fused weights are the base with both deltas, exactly."""
     first = trained(METHODS[1], torch.float32)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_vllm_gets_the_smallest_rank_and_just_the_modules(base, shelf):
     result = one("vllm", shelf / "plain", f"other={shelf / 'rows'}")
     assert (result["rank"], result["slots"]) == (16, 2)
     assert shlex.split(result["command"]) == [
-        "vllm", "serve", base[0], "--enable-lora", "--max-loras", "2", "--max-lora-rank", "16",
+        "vllm", "serve", base[0], "--dtype", "float32", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "16",
         "--lora-target-modules", "down_proj", "o_proj", "up_proj", "v_proj",
         "--lora-modules", f"plain={shelf / 'plain'}", f"other={shelf / 'rows'}",
     ]  # fmt: skip
@@ -119,8 +120,9 @@ def test_fewer_slots_than_adapters(shelf):
 def test_sglang_has_a_slot_more_for_the_base(base, shelf):
     result = one("sglang", shelf / "plain")
     assert shlex.split(result["command"]) == [
-        "python", "-m", "sglang.launch_server", "--model-path", base[0], "--enable-lora", "--max-loras-per-batch", "2",
-        "--max-lora-rank", "8", "--lora-target-modules", "down_proj", "o_proj", "--lora-paths", f"plain={shelf / 'plain'}",
+        "python", "-m", "sglang.launch_server", "--model-path", base[0], "--dtype", "float32", "--enable-lora",
+        "--max-loras-per-batch", "2", "--max-lora-rank", "8", "--lora-target-modules", "down_proj", "o_proj",
+        "--lora-paths", f"plain={shelf / 'plain'}",
     ]  # fmt: skip
 
 
@@ -357,6 +359,46 @@ def test_vllm_on_a_cpu_without_our_plugin_is_refused(shelf, monkeypatch):
     plugin = importlib.metadata.EntryPoint("intaglio", "intaglio.vllm_plugin:register", "vllm.general_plugins")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: (plugin,))
     assert not one("vllm", shelf / "plain", device="cpu")["refused"]
+    assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu", version="0.33.0")  # where it stays out
+    monkeypatch.setenv("INTAGLIO_VLLM", "0")
+    assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu")
+
+
+def test_flags_with_underscores_are_read(shelf):
+    """vLLM takes either."""
+    running = parse("vllm serve base --enable_lora --lora_target_modules o_proj --max_lora_rank 8", "vllm")
+    assert (running.enabled, running.max_rank, running.targets) == (True, 8, {"o_proj"})
+
+
+def test_printed_commands_survive_a_shell(base, shelf, tmp_path):
+    odd = tmp_path / "a b;c"
+    (shelf / "delta").rename(odd)
+    try:
+        first = one("vllm", f"x={odd}", f"y={odd}")["first"]
+    finally:
+        odd.rename(shelf / "delta")
+    assert len(first) == 1
+    assert shlex.split(first[0])[2] == str(odd)
+
+
+def test_a_base_that_is_given_is_the_one_that_the_export_checks(base, shelf, tmp_path):
+    other = tiny.save_folder(tmp_path / "other")
+    assert shlex.split(one("vllm", shelf / "delta", base=str(other))["first"][0])[-2:] == ["--base", str(other)]
+
+
+def test_the_bases_type_is_in_the_command(shelf):
+    """Engines cast a float32 base to 16 bits by themselves."""
+    for name in ("delta", "plain"):
+        assert "--dtype float32" in one("vllm", shelf / name)["command"]
+
+
+def test_damaged_configs_are_one_clear_line(shelf, tmp_path):
+    for number, change in enumerate(({"r": 0}, {"r": True}, {"base_model_name_or_path": ["x"]}, {"rank_pattern": {"(": 4}})):
+        folder = tmp_path / str(number)
+        shutil.copytree(shelf / "plain", folder)
+        rewrite(folder, **change)
+        with pytest.raises(ValueError, match="damaged"):
+            examine([str(folder)], "vllm")
 
 
 def test_old_vllm_is_refused(shelf, monkeypatch):

@@ -1,8 +1,10 @@
 """The engine: every request gets its own adapter's tokens, its own sampling, one end, and nobody else's keys and values."""
 
+import queue
 import shutil
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -137,6 +139,53 @@ def test_a_short_cache_delays_but_changes_nothing(serve, adapters, monkeypatch):
     for name in names:
         assert answers.tokens(name) == tools.merged_tokens(NAME, adapters[0][name], PROMPT, 50), name
     assert put_off
+
+
+def test_a_cancel_while_the_cache_is_short_lets_the_others_go_on(serve, adapters, monkeypatch):
+    """All that run are cancelled when one has been put off: transformers would then start none again."""
+    put_off, again = [], RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda state: put_off.append(state.request_id) or again(state)
+    )
+    engine, answers = serve(max_batch=12, max_cache_tokens=64, max_context=64)
+    ids, over = {}, queue.Queue()
+
+    def deliver(event, name):
+        if event.finish:
+            over.put((name, event.finish))
+        if put_off:  # in the engine's thread: nothing else happens between
+            for id_ in set(ids.values()) - {put_off[0]}:
+                engine.cancel(id_)
+
+    names = list(adapters[0])[:12]
+    for name in names:
+        ids[name] = engine.submit(PROMPT, Sampling(50, temperature=0), partial(deliver, name=name), name)
+    ends = dict(over.get(timeout=60) for _ in names)
+    (kept,) = (name for name in names if ids[name] == put_off[0])
+    assert ends == dict.fromkeys(names, "cancelled") | {kept: "length"}
+    answers.ask("later", PROMPT, 5, "user0")
+    answers.wait()
+    assert len(answers.tokens("later")) == 5
+
+
+def test_files_that_become_unreadable_end_their_own_request(serve, adapters, tmp_path):
+    for name, path in list(adapters[1].items())[:2]:
+        shutil.copytree(path, tmp_path / name)
+    store = AdapterStore(tiny.build(NAME), capacity_bytes=1)
+    store.capacity_bytes = None
+    for name in ("user0", "user1"):
+        store.load(name, tmp_path / name)
+    store.capacity_bytes = store.resident_bytes // 2
+    store.fetch("user1")  # evicts the other
+    config = tmp_path / "user0/adapter_config.json"
+    config.write_text("[" * 100_000)
+    engine, answers = serve(store=store)
+    answers.ask("user0", PROMPT, 4, "user0")
+    answers.ask("base", PROMPT, 4)
+    answers.wait()
+    assert answers.end("user0").finish == "error"
+    assert answers.end("base").finish == "length"
+    assert engine.alive
 
 
 def test_no_prefix_is_shared_between_adapters(serve, adapters):

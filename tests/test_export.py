@@ -382,6 +382,18 @@ def test_one_pass_says_what_generating_would(load):
     assert torch.equal(generated, reference.tokens)
 
 
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    def work():
+        with staged(tmp_path / "out") as folder:
+            (folder / "file").write_text("ours")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/thesis.txt").write_text("theirs")
+
+    with pytest.raises(ValueError, match="exists and is no earlier export"):
+        work()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["thesis.txt"]
+
+
 def test_a_failure_leaves_the_earlier_export(tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / MARKER).write_text("{}")

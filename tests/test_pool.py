@@ -496,6 +496,23 @@ def test_after_the_last_adapter_the_pool_takes_the_weights_as_they_are(deltas):
     assert same(pool.model, changed)
 
 
+def test_the_pool_starts_anew_after_a_combination_too(deltas):
+    pool = filled({"s2ft": deltas["s2ft"]})
+    pool.fuse({"s2ft": 0.5})
+    pool.unload("s2ft")
+    pool.use(None)
+    with torch.no_grad():
+        next(pool.model.parameters()).add_(1)
+    assert not pool._overlay._seen
+
+
+def test_rows_loaded_in_inference_mode_can_be_trained(deltas):
+    pool = AdapterPool(model_of(), storage="rows")
+    with torch.inference_mode():
+        pool.load("s2ft", deltas["s2ft"])
+    assert not any(parameter.is_inference() for parameter in pool.model.parameters())
+
+
 def tiny_copy(model):
     copy = model_of()
     copy.load_state_dict(model.state_dict())

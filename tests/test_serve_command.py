@@ -140,6 +140,13 @@ def test_mistakes_end_in_one_clear_line(place, monkeypatch, mistake):
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
 
 
+def test_an_empty_key_in_the_environment_opens_nothing(place, monkeypatch):
+    monkeypatch.chdir(place[0])
+    done = serve("base", INTAGLIO_API_KEY="")
+    assert done.exit_code == 2
+    assert "INTAGLIO_API_KEY is set but empty" in done.stderr
+
+
 def test_a_port_that_is_taken(place, monkeypatch):
     monkeypatch.chdir(place[0])
     with socket.create_server(("127.0.0.1", 0)) as taken:

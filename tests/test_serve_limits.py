@@ -11,9 +11,9 @@ from intaglio.serve.protocol import ChatRequest, CompletionRequest, LoadRequest
 
 
 def test_keys():
-    keys = Keys(["one", "zwei-ü"])
+    keys = Keys(["one", "zwei-2"])
     assert keys.needed
-    assert all(keys.open(header) for header in ("Bearer one", "bearer zwei-ü", "Bearer  one "))
+    assert all(keys.open(header) for header in ("Bearer one", "bearer zwei-2", "Bearer  one "))
     assert not any(keys.open(header) for header in ("", "Bearer", "Bearer ", "one", "Basic one", "Bearer on", "Bearer \ud800"))
     assert Keys().open("")
     assert not Keys().needed
@@ -181,6 +181,19 @@ def test_bodies_that_are_refused_name_the_field(field, value):
 def test_prompts_that_are_refused(prompt):
     with pytest.raises(ValidationError):
         CompletionRequest.model_validate({"model": "m", "prompt": prompt})
+
+
+def test_logprobs_of_nought_are_asked_for():
+    """For completions 0 asks for those of the chosen tokens."""
+    with pytest.raises(ValueError, match="logprobs"):
+        CompletionRequest(model="m", prompt="p", logprobs=0)
+    assert CompletionRequest(model="m", prompt="p", logprobs=False).usual == 16
+
+
+@pytest.mark.parametrize("key", [" padded", "schlüssel", "two\nlines"])
+def test_keys_that_no_caller_could_send(key):
+    with pytest.raises(ValueError, match="no caller could send"):
+        Keys([key])
 
 
 def test_vllms_bodies():

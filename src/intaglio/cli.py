@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -312,6 +313,8 @@ def serve(
             from .serve.run import serve as run
         except ModuleNotFoundError as error:
             raise ValueError(f"serving needs {error.name!r}: pip install 'intaglio[serve]'") from error
+        if not api_key and os.environ.get("INTAGLIO_API_KEY") is not None:
+            raise ValueError("INTAGLIO_API_KEY is set but empty; unset it to serve without keys")
         return {
             "command": run(
                 Options(

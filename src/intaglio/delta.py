@@ -64,8 +64,13 @@ class Delta:
         refuse_tuner(model)
         if self._originals is not None:
             raise ValueError("this Delta is applied already; call revert_ first, or load the folder a second time")
-        self._originals = self.originals(model)
-        self._write(model, self.values)
+        originals = self.originals(model)
+        try:
+            self._write(model, self.values)
+        except BaseException:  # Ctrl-C in between: no half-tuned model
+            self._write(model, originals)
+            raise
+        self._originals = originals
 
     def revert_(self, model: nn.Module) -> None:
         """Put the base's values back, bit for bit.
@@ -75,9 +80,18 @@ class Delta:
         """
         if self._originals is None:
             raise ValueError("this Delta is not applied; nothing to revert")
-        for name, parameter in self._named(model).items():  # it may have been cast since, to a wider type and back
-            if not torch.equal(self.selection[name].to(parameter.device).gather(parameter), self.values[name].to(parameter)):
+        standing, changed, named = False, False, self._named(model)  # it may have been cast since, to a wider type and back
+        for name, parameter in named.items():
+            now = self.selection[name].to(parameter.device).gather(parameter)
+            tuned, base = self.values[name].to(parameter), self._originals[name].to(parameter)
+            if not bool(((now == tuned) | (now == base)).all()):  # some are the base's, where an earlier call was interrupted
                 raise ValueError(f"{name}: the model no longer holds this Delta's values; was it applied to another model?")
+            differs = tuned != base
+            changed = changed or bool(differs.any())
+            standing = standing or bool((differs & (now == tuned)).any())
+        if changed and not standing:
+            first = next(iter(named))
+            raise ValueError(f"{first}: the model no longer holds this Delta's values; was it applied to another model?")
         self._write(model, self._originals)
         self._originals = None
 

@@ -144,6 +144,9 @@ def _precheck(to: str, source: Any, options: Options) -> None:
     """Refuse what can be refused before weights are loaded."""
     from .hf import lora
 
+    if to != "delta" and not source.selection:
+        raise ValueError("the adapter holds no parameters: there is nothing to export")
+
     if to == "lora":
         lora.lora_rank(source.selection)
         lora.refuse_both(options.ragged, options.fill_layers)

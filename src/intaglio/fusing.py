@@ -105,13 +105,13 @@ def combine(name: str, parts: Sequence[Part], base_at: Callable[[Entries], Tenso
     entries = reduce(union, (part.entries for part in parts))
     base = base_at(entries)
     wide = torch.float32 if base.dtype.itemsize < 4 else torch.float64
-    of_base, total = torch.ones_like(base, dtype=wide), torch.zeros_like(base, dtype=wide)
+    of_base, total = torch.ones_like(base, dtype=wide), torch.full_like(base, -0.0, dtype=wide)  # adds nothing, not even a sign
     for part in parts:
         inside = within(entries, part.entries).to(base.device)
         values = part.values.to(base.device, wide).reshape(inside.values_shape)
         inside.scatter_(of_base, inside.gather(of_base) - part.weight)
         inside.scatter_(total, inside.gather(total) + part.weight * values)
-    values = (of_base * base.to(wide) + total).to(base.dtype)
+    values = torch.where(of_base == 0, total, of_base * base.to(wide) + total).to(base.dtype)
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name}: weights={[p.weight for p in parts]}: a value exceeds {base.dtype}; give smaller weights")
     return entries, base, values

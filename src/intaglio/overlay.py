@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import final
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from .permute import Layout
@@ -94,7 +95,8 @@ class Overlay:
         """Get ready to put values on, given in the model's coordinates."""
         weight = self._weight(name)
         if self._rows and _pays(entries) and weight.is_contiguous() and self._users[weight.untyped_storage().data_ptr()] == 1:
-            weight.data = weight.data.t().contiguous().t()
+            with torch.inference_mode(False):  # else its writes are no longer counted, and it cannot be trained
+                weight.data = weight.data.t().contiguous().t()
             self._turned.add(name)
             self._note(name)
         self._seen.setdefault(name, (weight, _version(weight)))

@@ -198,6 +198,8 @@ class AdapterPool:
         self._active = None  # should the writing be interrupted
         self._overlay.put(pieces)
         self._active = name
+        if not self._shelf and not self._overlay.standing:
+            self._overlay.restart()
 
     def _check(self, names: Iterable[str]) -> None:
         refuse_tuner(self.model)

@@ -13,6 +13,7 @@ import safetensors
 
 from ..adapter_folder import PEFT_TYPE, WEIGHTS, read_config
 from ..delta import Delta
+from ..hf.from_lora import check_config
 from ..hf.gguf_lora import FILE, read_gguf
 from ..hf.staging import MARKER
 from ..run_folder import adapter_of
@@ -47,6 +48,7 @@ class Candidate:
         other: what else it holds that is no factor of a LoRA, by name.
         exported: whether it is an exact export of ours, which becomes a Delta again.
         planned: whether it is what an export of a Delta would give, not yet written.
+        dtype: of the base that it was trained on, e.g. "bfloat16"; None where it does not say.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Candidate:
     other: tuple[str, ...] = ()
     exported: bool = False
     planned: bool = False
+    dtype: str | None = None
 
     @property
     def rank(self) -> int:
@@ -118,12 +121,14 @@ def _delta(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
             modules[path] = Module(entries.index.numel(), inputs, outputs)
         else:
             other.append(f"{parameter} ({entries.kind})")
-    return Candidate(name, folder, "delta", delta.base, modules, config, tuple(other))
+    if not delta.selection:
+        raise ValueError(f"{folder}: an adapter without a single parameter; there is nothing to serve")
+    dtype = str(next(iter(delta.values.values())).dtype).removeprefix("torch.")
+    return Candidate(name, folder, "delta", delta.base, modules, config, tuple(other), dtype=dtype)
 
 
 def _lora(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-        raise ValueError(f"{folder}: damaged: its config names no r and lora_alpha")
+    check_config(folder, config)
     shapes, other = {}, []
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -143,9 +148,16 @@ def _lora(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
         modules[path] = Module(a_RI[0], a_RI[1], b_OR[0])
     if not modules:
         raise ValueError(f"{folder / WEIGHTS}: holds no factors of linear layers")
-    marker = folder / MARKER
-    exported = marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("to") == "lora"
-    return Candidate(name, folder, "lora", config.get("base_model_name_or_path"), modules, config, tuple(other), exported)
+    marker = _marker(folder / MARKER)
+    exported, base = marker.get("to") == "lora", config.get("base_model_name_or_path")
+    dtype = marker.get("base_dtype") if exported else None
+    return Candidate(name, folder, "lora", base, modules, config, tuple(other), exported, dtype=dtype)
+
+
+def _marker(path: Path) -> dict[str, Any]:
+    """What our export noted, where the folder is one."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _gguf(name: str, folder: Path) -> Candidate:

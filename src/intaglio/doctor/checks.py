@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from .running import Running
 __all__ = ["Plan", "exported", "reasons"]
 
 _HARMLESS = (None, False, "none", [], {}, ())
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def exported(adapter: Candidate, plan: Plan) -> tuple[Candidate, list[str]]:
 
     What no export holds stays as it is; `reasons` says why.
     """
-    base = f" --base {plan.base}" if adapter.base is None and plan.base else ""
+    base = ["--base", plan.base] if plan.base and plan.base != adapter.base else []
     if adapter.form == "delta" and not adapter.other:
         return _as_gguf(adapter, base) if plan.engine.form == "gguf" else _as_lora(adapter, plan, base)
     if adapter.form == "lora" and plan.engine.form == "gguf":
@@ -59,33 +60,35 @@ def exported(adapter: Candidate, plan: Plan) -> tuple[Candidate, list[str]]:
     return adapter, []
 
 
-def _as_gguf(adapter: Candidate, base: str) -> tuple[Candidate, list[str]]:
+def _as_gguf(adapter: Candidate, base: list[str]) -> tuple[Candidate, list[str]]:
     target = Path(f"{adapter.path}-gguf")
-    step = f"intaglio export {adapter.path} --to gguf --output {target}{base}"
-    return replace(adapter, form="gguf", path=target, config={}, planned=True), [step]
+    step = ["intaglio", "export", str(adapter.path), "--to", "gguf", "--output", str(target), *base]
+    return replace(adapter, form="gguf", path=target, config={}, planned=True), [shlex.join(step)]
 
 
-def _as_lora(adapter: Candidate, plan: Plan, base: str) -> tuple[Candidate, list[str]]:
+def _as_lora(adapter: Candidate, plan: Plan, base: list[str]) -> tuple[Candidate, list[str]]:
     fitting = [rank for rank in RANKS if rank >= adapter.rank]
     if not fitting:
         return adapter, []
     fill = not plan.engine.partial and (plan.outline is None or bool(_lacking(adapter, plan.outline)))
     target = Path(f"{adapter.path}-lora")
-    step = f"intaglio export {adapter.path} --to lora{' --fill-layers' if fill else ''} --output {target}{base}"
+    step = ["intaglio", "export", str(adapter.path), "--to", "lora", *(["--fill-layers"] if fill else [])]
+    step += ["--output", str(target), *base]
     modules = {path: replace(module, rank=fitting[0]) for path, module in adapter.modules.items()}
     config = {"r": fitting[0], "lora_alpha": fitting[0]}
-    return replace(adapter, form="lora", path=target, modules=modules, config=config, planned=True), [step]
+    return replace(adapter, form="lora", path=target, modules=modules, config=config, planned=True), [shlex.join(step)]
 
 
-def _converted(adapter: Candidate, base: str) -> tuple[Candidate, list[str]]:
+def _converted(adapter: Candidate, base: list[str]) -> tuple[Candidate, list[str]]:
     """Our own LoRA goes back through the adapter it came from; any other through llama.cpp's converter."""
     target = Path(f"{adapter.path}-gguf")
     if not adapter.exported:
-        return replace(adapter, path=target), [f"python convert_lora_to_gguf.py {adapter.path} --outfile {target}/{FILE}"]
+        step = ["python", "convert_lora_to_gguf.py", str(adapter.path), "--outfile", f"{target}/{FILE}"]
+        return replace(adapter, path=target), [shlex.join(step)]
     back = f"{adapter.path}-delta"
-    steps = [f"intaglio export {adapter.path} --to delta --output {back}{base}"]
-    steps.append(f"intaglio export {back} --to gguf --output {target}{base}")
-    return replace(adapter, form="gguf", path=target, config={}, planned=True), steps
+    steps = [["intaglio", "export", str(adapter.path), "--to", "delta", "--output", back, *base]]
+    steps.append(["intaglio", "export", back, "--to", "gguf", "--output", str(target), *base])
+    return replace(adapter, form="gguf", path=target, config={}, planned=True), [shlex.join(step) for step in steps]
 
 
 def _form(adapter: Candidate, plan: Plan) -> Iterator[str]:
@@ -218,7 +221,8 @@ def _resolver(adapter: Candidate, plan: Plan, running: Running) -> Iterator[str]
             "folder resolver would answer 404; put that name into its adapter_config.json"
         )
     served = {Path(path).resolve(): name for name, path in running.adapters.items()}
-    if plan.reload and plan.engine.cached_by_path and running.caches and Path(adapter.path).resolve() in served:
+    again = Path(adapter.path).resolve() in served or running.loads or running.resolver is not None
+    if plan.reload and plan.engine.cached_by_path and running.caches and again:
         yield (
             f"new weights at a path that is served already ({adapter.path}): {plan.engine.name} keeps the cached prompts of the "
             "old ones; write them to a new folder, e.g. with a version in its name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -109,7 +110,7 @@ def _one(candidates: list[Candidate], plan: Plan, slots: int | None, version: st
         served, steps = exported(adapter, plan)
         refused += reasons(served, plan)
         ready.append(served)
-        first += steps
+        first += [step for step in steps if step not in first]  # two names of one folder
     refused += _together(candidates)
     cautions = [*plan.engine.cautions, *_cautions(ready, plan)]
     if refused:
@@ -132,11 +133,11 @@ def _refused_engine(engine: Engine, version: str | None, device: str | None) -> 
             )
     except InvalidVersion as error:
         raise ValueError(f"engine-version={version!r}: no version number, such as {engine.oldest or '1.0'}") from error
-    cpu = device == "cpu" or (device is None and (package or "").endswith("-cpu"))
-    if engine.name == "vllm" and cpu and not _has_plugin():
+    cpu = device == "cpu" or (device is None and ((package or "").endswith("-cpu") or "+cpu" in (installed or "")))
+    if engine.name == "vllm" and cpu and not _has_plugin(found):
         refused.append(
             "vllm on a CPU answers requests for the base with the adapter in its last slot where both are in one batch "
-            "(vllm#48421); install Intaglio's vLLM plugin, or use a GPU"
+            "(vllm#48421); install Intaglio beside a vLLM that its plugin is made for (docs/vllm.md), or use a GPU"
         )
     return refused
 
@@ -151,9 +152,13 @@ def _installed(engine: Engine) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _has_plugin() -> bool:
-    """Whether our plugin is among vLLM's."""
-    return any(point.value.startswith("intaglio") for point in importlib.metadata.entry_points(group="vllm.general_plugins"))
+def _has_plugin(version: str | None) -> bool:
+    """Whether our plugin is among vLLM's, and acts with this version."""
+    from ..vllm_plugin.plugin import SWITCH, TESTED, refusal
+
+    setting = os.environ.get(SWITCH, "1")
+    there = any(point.value.startswith("intaglio") for point in importlib.metadata.entry_points(group="vllm.general_plugins"))
+    return there and setting != "0" and refusal(setting, version or TESTED[0]) is None
 
 
 def _together(candidates: list[Candidate]) -> list[str]:
@@ -161,6 +166,9 @@ def _together(candidates: list[Candidate]) -> list[str]:
     bases = sorted({adapter.base for adapter in candidates if adapter.base})
     if len(bases) > 1:
         return [f"the adapters are for different bases ({', '.join(bases)}): one server has one; start one for each"]
+    dtypes = sorted({adapter.dtype for adapter in candidates if adapter.dtype})
+    if len(dtypes) > 1:
+        return [f"the adapters need the base in different types ({', '.join(dtypes)}): one server has one; start one for each"]
     return []
 
 
@@ -169,7 +177,7 @@ def _cautions(ready: list[Candidate], plan: Plan) -> list[str]:
     fast = plan.engine.fast_rank
     if fast is not None and max(adapter.rank for adapter in ready) > fast:
         found.append(f"ranks above {fast} leave {plan.engine.name}'s fast kernels")
-    others = sorted({adapter.base or "none" for adapter in ready if adapter.base != plan.base and adapter.form == "lora"})
+    others = sorted({adapter.base or "none" for adapter in ready if adapter.base != plan.base and not adapter.planned})
     if plan.base and others:
         found.append(f"adapters name {', '.join(others)} as their base: see that {plan.base!r} holds the same weights")
     running = plan.running
@@ -192,7 +200,8 @@ def _settings(ready: list[Candidate], plan: Plan, slots: int | None) -> dict[str
     rank = needed if engine.ranks is None else next(known for known in engine.ranks if known >= needed)
     wanted = (slots or min(len(ready), _SLOTS)) + engine.base_slots
     targets = sorted({name for adapter in ready for name in adapter.projections}) if engine.form == "lora" else []
-    figures: dict[str, Any] = {"rank": rank, "targets": targets, "slots": wanted}
+    dtype = next((adapter.dtype for adapter in ready if adapter.dtype), None)
+    figures: dict[str, Any] = {"rank": rank, "targets": targets, "slots": wanted, "dtype": dtype}
     if plan.outline is not None and engine.name in ("vllm", "sglang"):
         figures["slot_bytes"] = slot_bytes(plan.outline, set(targets), rank, engine)
         figures["bytes"] = figures["slot_bytes"] * wanted
@@ -216,15 +225,20 @@ def slot_bytes(base: Outline, targets: set[str], rank: int, engine: Engine) -> i
 
 
 def _vllm(ready: list[Candidate], base: str, figures: dict[str, Any]) -> str:
-    words = ["vllm", "serve", base, "--enable-lora", "--max-loras", str(figures["slots"])]
+    words = ["vllm", "serve", base, *_typed(figures), "--enable-lora", "--max-loras", str(figures["slots"])]
     if len(ready) > figures["slots"]:
         words += ["--max-cpu-loras", str(len(ready))]
     words += ["--max-lora-rank", str(figures["rank"]), "--lora-target-modules", *figures["targets"]]
     return shlex.join([*words, "--lora-modules", *_named(ready)])
 
 
+def _typed(figures: dict[str, Any]) -> list[str]:
+    # Left to themselves, engines cast a float32 base to 16 bits.
+    return ["--dtype", figures["dtype"]] if figures["dtype"] else []
+
+
 def _sglang(ready: list[Candidate], base: str, figures: dict[str, Any]) -> str:
-    words = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
+    words = ["python", "-m", "sglang.launch_server", "--model-path", base, *_typed(figures), "--enable-lora"]
     words += ["--max-loras-per-batch", str(figures["slots"]), "--max-lora-rank", str(figures["rank"])]
     return shlex.join([*words, "--lora-target-modules", *figures["targets"], "--lora-paths", *_named(ready)])
 

@@ -54,6 +54,7 @@ def parse(command: str, engine: str) -> Running:
         words = shlex.split(command)
     except ValueError as error:
         raise ValueError(f"command={command!r}: no command line ({error})") from error
+    words = [re.sub(r"^--\w+", lambda flag: flag[0].replace("_", "-"), word) for word in words]  # the engines take either
     variables = {}
     while words and (match := _VARIABLE.fullmatch(words[0])):
         variables[match[1]] = match[2]

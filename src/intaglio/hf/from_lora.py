@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,10 @@ from .equivalence import InexactExport, answer, applied, compare, prompts
 from .staging import MARKER, staged
 from .stock import EXACT, load_stock, size_of, write_marker
 
-__all__ = ["Picks", "StockLora", "picks", "read_lora", "to_delta"]
+__all__ = ["Picks", "StockLora", "beyond", "check_config", "picks", "read_lora", "to_delta"]
 
 _KEY = "base_model.model."
-_CHANGING = ("pissa", "olora", "corda", "loftq")  # prefixes of `init_lora_weights` that change the base itself
+_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # prefixes of `init_lora_weights` that change the base itself
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,9 @@ def read_lora(folder: str | os.PathLike[str]) -> StockLora:
     config = read_config(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: not a LoRA folder (peft_type is {config.get('peft_type')!r}); --to delta takes a LoRA")
-    if problem := _beyond(config):
+    if problem := beyond(config):
         raise ValueError(f"{path}: cannot become a sparse adapter: it has {problem}, which is more than a product of two factors")
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-        raise ValueError(f"{path}: damaged: its config names no r and lora_alpha")
+    check_config(path, config)
     marker = path / MARKER
     try:
         exported = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
@@ -166,7 +166,28 @@ def to_delta(
         return write_marker(folder, directory, delta, figures)
 
 
-def _beyond(config: Mapping[str, Any]) -> str | None:
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse the config of a LoRA whose rank, scale, patterns or base's name cannot be read.
+
+    Raises:
+        ValueError: naming the folder and the field.
+    """
+    r, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"{folder}: damaged: r={r!r} in its config is no rank")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(f"{folder}: damaged: lora_alpha={alpha!r} in its config is no number")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{folder}: damaged: base_model_name_or_path={base!r} in its config is no name")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{folder}: damaged: {key} holds {pattern!r}, no regular expression ({error})") from error
+
+
+def beyond(config: Mapping[str, Any]) -> str | None:
     """What a LoRA has beyond two factors and a scale; None where nothing."""
     names = (
         "use_dora",

@@ -49,9 +49,16 @@ def staged(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         folder.mkdir()
         yield folder
         _sync(folder)
-        if target.exists():
-            os.replace(target, temporary / "old")
-        os.replace(folder, target)
+        check_target(target, overwrite=overwrite)  # something may have appeared since
+        old = temporary / "old"
+        try:
+            if target.exists():
+                os.replace(target, old)
+            os.replace(folder, target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                os.replace(old, target)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

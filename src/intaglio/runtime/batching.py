@@ -101,12 +101,22 @@ class Manager(ContinuousBatchingManager):
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
         self._desk.before_step()
+        if not batch_processor.scheduler.active_requests:
+            # Set where the cache is short, and lifted by transformers when a request finishes, but not when one is cancelled.
+            batch_processor.scheduler.block_new_requests = False
         return super()._generation_loop_body(batch_processor, bootstrapping)
 
     def _generation_step(self) -> None:
         assert self.batch_processor is not None
-        batch = self.batch_processor.inputs_and_outputs.requests_in_batch  # pyright: ignore[reportAttributeAccessIssue]
-        self._desk.run([(r.state.request_id, r.query_length) for r in batch], super()._generation_step)
+        held: Any = self.batch_processor.inputs_and_outputs
+        step = super()._generation_step
+
+        def run() -> None:
+            if held.compute_stream is not None:  # what was placed for this step is placed before it is read
+                held.compute_stream.wait_stream(torch.cuda.current_stream(self.model.device))
+            step()
+
+        self._desk.run([(r.state.request_id, r.query_length) for r in held.requests_in_batch], run)
 
 
 @final

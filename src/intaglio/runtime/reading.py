@@ -13,21 +13,13 @@ from torch import Tensor
 
 from ..adapter_folder import PEFT_TYPE, WEIGHTS, read_config
 from ..delta import Delta
+from ..hf.from_lora import beyond
 from .changes import Adapter, Change, Layers, check_values, from_delta, one_hot
 
 __all__ = ["read_adapter"]
 
 _PLAIN = re.compile(r"[\w.]+")
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<letter>[AB])\.weight")
-# Settings of PEFT's that change what a LoRA computes in ways that no pair of factors holds.
-_REFUSED = (
-    "use_dora",
-    "modules_to_save",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "layer_replication",
-)
 
 
 def read_adapter(path: Path, layers: Layers) -> tuple[Adapter, str, str | None]:
@@ -55,9 +47,8 @@ def read_adapter(path: Path, layers: Layers) -> tuple[Adapter, str, str | None]:
 
 def _lora(path: Path, config: dict[str, Any], layers: Layers) -> Adapter:
     """A stock LoRA. It holds no fingerprint of its base: only shapes can be checked."""
-    refused = [name for name in _REFUSED if config.get(name)] + (["bias"] if config.get("bias", "none") != "none" else [])
-    if refused:
-        raise ValueError(f"{path}: uses {', '.join(refused)}; serve it merged, or retrain it without")
+    if problem := beyond(config):
+        raise ValueError(f"{path}: uses {problem}; serve it merged, or retrain it without")
     try:
         tensors = safetensors.torch.load((path / WEIGHTS).read_bytes())
     except safetensors.SafetensorError as error:
@@ -67,6 +58,8 @@ def _lora(path: Path, config: dict[str, Any], layers: Layers) -> Adapter:
         found = _KEY.fullmatch(key)
         if found is None:
             raise ValueError(f"{path / WEIGHTS}: holds {key!r}, which is no factor of a linear layer's LoRA")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path / WEIGHTS}: {key} is of {tensor.dtype}; factors are floating-point numbers")
         factors.setdefault(found["path"], {})[found["letter"]] = tensor
     if not factors:
         raise ValueError(f"{path / WEIGHTS}: holds no LoRA factors")

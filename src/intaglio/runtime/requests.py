@@ -120,7 +120,7 @@ class Requests:
             return 0
         try:
             return request.sampler(logits_V)
-        except FloatingPointError as error:
+        except (FloatingPointError, RuntimeError) as error:
             self._fail(request, str(error))
             return 0
 
@@ -153,8 +153,8 @@ class Requests:
         if request.adapter is None:
             try:
                 request.adapter = self._store.fetch(request.name)
-            except ValueError as error:
-                self._fail(request, str(error))
+            except Exception as error:  # whatever its files hold by now, the others go on
+                self._fail(request, str(error) or type(error).__name__)
         return request.adapter
 
     def _fail(self, request: _Request, error: str) -> None:

@@ -38,8 +38,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: give at least 1")
-        if not 0 <= self.temperature <= 100:
-            raise ValueError(f"temperature={self.temperature}: give 0 (greedy) to 100")
+        if self.temperature != 0 and not 1e-5 <= self.temperature <= 100:
+            raise ValueError(f"temperature={self.temperature}: give 0 (greedy), or 0.00001 to 100")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: give a number above 0, at most 1")
         if self.top_k is not None and self.top_k < 1:

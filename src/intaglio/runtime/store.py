@@ -190,15 +190,18 @@ class AdapterStore:
         """The adapter itself, for a request that has acquired it; read again if it was evicted.
 
         Raises:
+            UnknownAdapter: where there is none of this name.
             AdapterError: where its files are gone or have changed since `load`.
         """
         with self._changed:
-            entry = self._entries[name]
+            entry = self._entries.get(name)
+            if entry is None:
+                raise UnknownAdapter(f"{name}: no adapter of this name is loaded")
             adapter = entry.adapter
         if adapter is None:
-            stamp, adapter, _ = self._read(name, Path(entry.info.path))
-            if stamp != entry.stamp:
-                raise AdapterError(f"{name}: {entry.info.path} has changed since it was loaded; unload it and load it again")
+            self._check_unchanged(name, entry)
+            _, adapter, _ = self._read(name, Path(entry.info.path))
+            self._check_unchanged(name, entry)
         with self._changed:
             self.loads += entry.adapter is None
             entry.adapter = adapter
@@ -229,10 +232,24 @@ class AdapterStore:
             if self.capacity_bytes is not None and (size := stamp[-1][-1]) > self.capacity_bytes:
                 raise ValueError(f"its weights take {size:,} bytes, more than capacity_bytes={self.capacity_bytes:,}")
             adapter, kind, parent = read_adapter(path, self.layers)
+            if self.capacity_bytes is not None and adapter.nbytes > self.capacity_bytes:
+                raise ValueError(f"it takes {adapter.nbytes:,} bytes in memory, more than capacity_bytes={self.capacity_bytes:,}")
+            if _stamp(path) != stamp:
+                raise ValueError(f"{path} has changed while it was read; load it when it is written")
         except (ValueError, OSError) as error:
             raise AdapterError(f"{name}: {error}") from error
+        except (KeyError, RecursionError, OverflowError) as error:
+            raise AdapterError(f"{name}: {path}: damaged ({type(error).__name__})") from error
         info = AdapterInfo(name, str(path), parent or self.base, int(time.time()), adapter.nbytes, kind)
         return stamp, adapter, info
+
+    def _check_unchanged(self, name: str, entry: _Entry) -> None:
+        try:
+            changed = _stamp(Path(entry.info.path)) != entry.stamp
+        except (ValueError, OSError) as error:
+            raise AdapterError(f"{name}: {error}") from error
+        if changed:
+            raise AdapterError(f"{name}: {entry.info.path} has changed since it was loaded; unload it and load it again")
 
     def _evict(self, kept: str) -> None:
         """Drop the least recently used adapters that do not fit; never `kept`."""

@@ -77,7 +77,7 @@ class Answerer:
             AdapterError: where the adapter is gone or damaged by now.
         """
         with self._admission.place():
-            prompt = await to_thread.run_sync(self._prompter.tokens, request, limiter=self._tokenizing)
+            prompt = await self._tokens(request)
             sampling = Sampling(
                 max_tokens=self._prompter.room(prompt, request),
                 temperature=request.temperature,
@@ -96,6 +96,17 @@ class Answerer:
                 self._open.discard(order)
                 order.end()
 
+    async def _tokens(self, request: ChatRequest | CompletionRequest) -> list[int]:
+        """The prompt's tokens. A caller who leaves keeps the place until the thread is done, so that there is one at a time."""
+        work = asyncio.ensure_future(to_thread.run_sync(self._prompter.tokens, request, limiter=self._tokenizing))
+        try:
+            return await asyncio.shield(work)
+        finally:
+            if not work.done():
+                await asyncio.wait([work])
+                with suppress(Exception):
+                    work.result()
+
     async def _follow(
         self, order: _Order, request: ChatRequest | CompletionRequest, prompt: list[int]
     ) -> AsyncGenerator[Piece, None]:
@@ -105,7 +116,8 @@ class Answerer:
             if event.finish in ("cancelled", "error"):
                 raise _failure(event)
             count += len(event.tokens)
-            fresh = stops.push(text.push(event.tokens))
+            said = event.tokens[:-1] if event.finish == "stop" else event.tokens  # without the one that ends the answer
+            fresh = stops.push(text.push(said))
             if event.finish is not None and not stops.hit:
                 fresh += stops.push(text.flush())
                 fresh += "" if stops.hit else stops.flush()

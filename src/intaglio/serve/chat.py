@@ -55,7 +55,7 @@ class Prompter:
         longest = left if self._max_tokens is None else min(left, self._max_tokens)
         if asked is not None and asked > longest:
             raise ApiError(400, f"{param}: at most {longest} here, {asked} asked for", param=param)
-        return asked or longest
+        return asked or min(longest, request.usual or longest)
 
     def detokenizer(self, prompt: Sequence[int], request: ChatRequest | CompletionRequest) -> Detokenizer:
         """A chat's answer is a text of its own; a completion goes on where the prompt ends."""

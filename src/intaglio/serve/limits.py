@@ -50,12 +50,14 @@ class Keys:
         keys: those that open the server; none: it is open to everyone.
 
     Raises:
-        ValueError: for an empty key.
+        ValueError: for an empty key, or one that no header can hold.
     """
 
     def __init__(self, keys: Collection[str] = ()) -> None:
         if not all(key.strip() for key in keys):
             raise ValueError("--api-key: an empty key; leave the option out to serve without keys")
+        if not all(key == key.strip() and key.isascii() and key.isprintable() for key in keys):
+            raise ValueError("--api-key: a key with blanks around it or letters outside ASCII, which no caller could send")
         self._digests = [_digest(key) for key in keys]
 
     @property

@@ -118,7 +118,8 @@ class TextRequest(_Body):
         if not isinstance(data, dict):
             return data
         for name, neutral in _NEUTRAL.items():
-            if data.get(name) is not None and data[name] not in neutral:
+            given = data.get(name)
+            if given is not None and not any(given == n and isinstance(given, bool) == isinstance(n, bool) for n in neutral):
                 raise ValueError(f"{name}: not offered; leave it out or give {neutral[0]!r}")
         return {k: v for k, v in data.items() if k not in _NEUTRAL and k not in _FOR_THE_RECORD and not (k == "store" and not v)}
 
@@ -151,6 +152,11 @@ class ChatRequest(TextRequest):
         """The longest answer that is asked for; None: as long as the server allows."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def usual(self) -> int | None:
+        """The longest answer where none is asked for; None: as long as the server allows."""
+        return None
+
 
 class CompletionRequest(TextRequest):
     """Body of `/v1/completions`.
@@ -172,8 +178,13 @@ class CompletionRequest(TextRequest):
 
     @property
     def longest(self) -> int | None:
-        """The longest answer; 16 tokens where none is asked for, as at OpenAI."""
-        return self.max_tokens or 16
+        """The longest answer that is asked for."""
+        return self.max_tokens
+
+    @property
+    def usual(self) -> int | None:
+        """The longest answer where none is asked for: 16 tokens, as at OpenAI."""
+        return 16
 
 
 class LoadRequest(_Body):

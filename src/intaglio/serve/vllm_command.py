@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ def vllm_command(
     folders: Mapping[str, Path],
     settings: Mapping[str, Any],
     *,
-    dtype: str | None,
     served_name: str,
     host: str,
     port: int,
@@ -29,8 +28,7 @@ def vllm_command(
     Args:
         base: folder or hub name of the base.
         folders: name → folder of its LoRA.
-        settings: rank, targets and slots, as `doctor` finds them for vLLM.
-        dtype: that the base must be loaded in, e.g. "bfloat16"; None where any will do.
+        settings: rank, targets, slots and dtype, as `doctor` finds them for vLLM.
         served_name: what callers give as `model` for the base.
         host: address to listen on.
         port: port to listen on.
@@ -39,7 +37,7 @@ def vllm_command(
     Source: vLLM 0.32, `python -m vllm.entrypoints.openai.api_server --help`.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", served_name]
-    command += ["--host", host, "--port", str(port), *(["--dtype", dtype] if dtype else [])]
+    command += ["--host", host, "--port", str(port), *_typed(settings["dtype"])]
     command += [] if max_context is None else ["--max-model-len", str(max_context)]
     command += ["--enable-lora", "--max-lora-rank", str(settings["rank"]), "--max-loras", str(settings["slots"])]
     command += ["--max-cpu-loras", str(len(folders)), "--lora-target-modules", *settings["targets"]]
@@ -69,8 +67,8 @@ def run(
         The command as a shell takes it, for a dry run; otherwise this process ends as vLLM's.
 
     Raises:
-        ValueError: where vLLM is not installed, for no adapter, more keys than one, adapters that need the base in different
-            types, or what vLLM would not serve rightly, as `doctor` tells.
+        ValueError: where vLLM is not installed, for no adapter, more keys than one, or what vLLM would not serve rightly, as
+            `doctor` tells.
     """
     if not adapters:
         raise ValueError("--engine vllm: give at least one --adapter NAME=PATH; without adapters run vLLM itself")
@@ -81,6 +79,7 @@ def run(
             "--engine vllm: vLLM is not installed here: pip install 'vllm>=0.32'. --dry-run prints the command for elsewhere; "
             "without --engine Intaglio serves by itself"
         )
+    from ..adapter_folder import PEFT_TYPE, read_config
     from ..doctor.examine import examine
     from ..hf.models import model_path
     from ..run_folder import adapter_of
@@ -89,30 +88,22 @@ def run(
     found = examine([f"{name}={folder}" for name, folder in sources.items()], "vllm", base=base)["engines"]["vllm"]
     if found["refused"]:
         raise ValueError(f"--engine vllm: {'; '.join(found['refused'])}")
-    trained = {name: dtype for name, folder in sources.items() if (dtype := _dtype(folder)) is not None}
-    options["dtype"] = _one(trained.values())
+    trained = [name for name, folder in sources.items() if read_config(folder).get("peft_type") == PEFT_TYPE]
     folders = {name: output / name if name in trained else folder for name, folder in sources.items()}
-    if dry_run:
-        return shlex.join(vllm_command(base, folders, found, **options))
+    if itself := [name for name in trained if folders[name].resolve() == sources[name].resolve()]:
+        raise ValueError(
+            f"--export-dir {str(output)!r}: {itself[0]!r} lies there itself and would be replaced; give another folder"
+        )
     command = vllm_command(model_path(base), folders, found, **options)
-    _export(base, {name: sources[name] for name in trained}, folders, options["dtype"])
+    if dry_run:
+        return shlex.join(command)
+    _export(base, {name: sources[name] for name in trained}, folders, found["dtype"])
     environment = os.environ | ({"VLLM_API_KEY": keys[0]} if keys else {})
     return os.execvpe(command[0], command, environment)  # noqa: S606
 
 
-def _dtype(folder: Path) -> str | None:
-    """The type of the base that an adapter of ours was trained on; None for a stock LoRA, which fits any."""
-    from ..adapter_folder import read_config
-
-    return next((fields["dtype"] for fields in read_config(folder).get("parameters", {}).values()), None)
-
-
-def _one(dtypes: Collection[str]) -> str | None:
-    if len(set(dtypes)) > 1:
-        raise ValueError(
-            f"--adapter: the adapters need the base in different types ({', '.join(sorted(set(dtypes)))}); serve them apart"
-        )
-    return next(iter(dtypes), None)
+def _typed(dtype: str | None) -> list[str]:
+    return ["--dtype", dtype] if dtype else []
 
 
 def _export(base: str, sources: Mapping[str, Path], folders: Mapping[str, Path], dtype: str | None) -> None:
