@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from ..hf.models import Outline, outline
+from ..hf.models import EMBEDDED, Outline, model_path, outline
 from . import running as command_lines
 from .candidates import Candidate, projection, read
 from .checks import Plan, exported, reasons
@@ -207,7 +207,8 @@ def _settings(ready: list[Candidate], plan: Plan, slots: int | None) -> dict[str
         figures["bytes"] = figures["slot_bytes"] * wanted
     if plan.running is not None:
         return {"command": None, "load": [_load(adapter, engine) for adapter in ready], **figures}
-    return {"command": _COMMANDS[engine.name](ready, plan.base or "BASE", figures), **figures}
+    base = model_path(plan.base) if plan.base in EMBEDDED else plan.base or "BASE"  # a name of ours means nothing to engines
+    return {"command": _COMMANDS[engine.name](ready, base, figures), **figures}
 
 
 def _load(adapter: Candidate, engine: Engine) -> str:
