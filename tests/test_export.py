@@ -362,7 +362,7 @@ def test_the_check_sees_a_small_change(load):
     model = load("gqa_llama")
     reference = answer(model, prompts(model))
     assert reference.tokens.shape == (4, 24)
-    assert compare(reference, model) == {"max_difference": 0.0, "tolerance": 4e-4, "tokens": pytest.approx(64, abs=4)}
+    assert compare(reference, model) == {"max_difference": 0.0, "tolerance": 2e-4, "tokens": pytest.approx(64, abs=4)}
     with torch.no_grad():
         model.lm_head.weight[5] += 1e-3
     with pytest.raises(InexactExport, match="a logit differs"):

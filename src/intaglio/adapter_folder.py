@@ -98,10 +98,8 @@ def read(directory: str | os.PathLike[str]) -> Contents:
         hashed = pool.submit(lambda: hashlib.sha256(content).hexdigest())
         try:
             contents = _parse(folder, config, content)
-        except Exception:
-            _check_hash(folder / WEIGHTS, config["sha256"], hashed.result())  # the better reason, if it is one
-            raise
-    _check_hash(folder / WEIGHTS, config["sha256"], hashed.result())
+        finally:  # where the hash is wrong, that is the better reason for whatever went wrong
+            _check_hash(folder / WEIGHTS, config["sha256"], hashed.result())
     return contents
 
 

@@ -8,6 +8,7 @@ writes them (`embedding_bag`: nothing is padded, every value is read once).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
@@ -132,11 +133,12 @@ class Batch:
             start += length
 
 
-class _Step:
+class _Step(ABC):
     """One thing that a layer does for the adapters of a batch."""
 
+    @abstractmethod
     def run_(self, y_TO: Tensor, x_TI: Tensor) -> None:
-        raise NotImplementedError
+        """Add to the outputs `[rows, out]` what follows from the inputs `[rows, in]`."""
 
 
 @final
