@@ -1,0 +1,1 @@
+"""The artefact of a run: an adapter on disk, and on a live model."""

@@ -1,0 +1,1 @@
+"""What may change, as pure values, and the small ground that everything stands on. Torch only."""

@@ -1,0 +1,24 @@
+"""Fingerprints of tensors, and the mark of a model that is being trained."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ATTACHED", "fingerprint", "is_attached"]
+
+ATTACHED = "intaglio_slots"  # the submodule that a tuner adds to its model
+
+
+def fingerprint(values: Tensor) -> str:
+    """Hash of a tensor's exact bytes, type and shape: 16 hex digits of SHA-256."""
+    header = f"{values.dtype}{list(values.shape)}".encode()
+    raw = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(header + raw.tobytes()).hexdigest()[:16]
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether a tuner stands on a model, and writes into its weights after every step."""
+    return ATTACHED in model._modules
