@@ -102,7 +102,7 @@ def _noise(model: Any, method: Any) -> Any:
     import torch
 
     from intaglio import Delta, Selection
-    from intaglio.slots import fingerprint
+    from intaglio.core.fingerprint import fingerprint
 
     chosen = method.choose({}, model, 0, None, Selection())[0]
     parameters, values, prints = dict(model.named_parameters()), {}, {}

@@ -24,9 +24,9 @@ import torch
 from server_process import Server
 
 from intaglio import Delta
+from intaglio.core.fingerprint import fingerprint
 from intaglio.hf.models import load_model
 from intaglio.selection import Selection, Slices
-from intaglio.slots import fingerprint
 
 BASE, KEY = "smollm2-135m", "benchmark"
 CHANNELS, HEAD = 48, 64

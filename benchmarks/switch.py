@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from turns import device
 
 from intaglio import AdapterPool, Delta
+from intaglio.core.fingerprint import fingerprint
 from intaglio.selection import Elements, Entries, Selection, Slices
-from intaglio.slots import fingerprint
 
 THREADS = 2
 BLOCK = 64  # rows of a weight that are widened to fp32 at a time

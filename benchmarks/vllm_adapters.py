@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from intaglio import Delta
+from intaglio.core.fingerprint import fingerprint
 from intaglio.hf.models import load_model, load_tokenizer
 from intaglio.selection import Selection, Slices
-from intaglio.slots import fingerprint
 
 TOPICS = [
     "rivers", "bees", "winter", "trains", "bread", "whales", "clocks", "gravity", "islands", "paper", "music", "deserts",

@@ -6,7 +6,7 @@ import torch
 
 import tiny
 from intaglio import Delta, attach
-from intaglio.slots import fingerprint
+from intaglio.core.fingerprint import fingerprint
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from intaglio import Delta
+from intaglio.core.fingerprint import fingerprint
 from intaglio.hf.equivalence import applied
 from intaglio.runtime.engine import Engine
 from intaglio.runtime.store import AdapterStore
@@ -22,7 +23,6 @@ from intaglio.selection import Selection, Slices
 from intaglio.serve.app import create_app
 from intaglio.serve.limits import Limits
 from intaglio.serve.service import Service
-from intaglio.slots import fingerprint
 
 
 def make_adapter(model: torch.nn.Module, folder: Path, seed: int) -> Path:

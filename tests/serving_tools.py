@@ -6,10 +6,10 @@ import torch
 
 import tiny
 from intaglio import Delta, Selection
+from intaglio.core.fingerprint import fingerprint
 from intaglio.runtime.changes import Layers
 from intaglio.runtime.sampling import Sampling
 from intaglio.selection import Slices
-from intaglio.slots import fingerprint
 
 
 def draw(model, seed, *, layers=None, dims=(0, 1), strength=0.3):

@@ -13,11 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import serving_tools as tools
 import tiny
 from intaglio import Delta, Selection
+from intaglio.core.fingerprint import fingerprint
 from intaglio.hf.lora import to_lora
 from intaglio.runtime.mixing import Mixer
 from intaglio.runtime.store import AdapterError, AdapterInUse, AdapterStore, DuplicateAdapter, UnknownAdapter
 from intaglio.selection import Elements, Whole
-from intaglio.slots import fingerprint
 
 NAME = "gqa_llama"
 

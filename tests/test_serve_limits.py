@@ -5,8 +5,9 @@ import os
 import pytest
 from pydantic import ValidationError
 
+from intaglio.adapter.names import check_name
 from intaglio.serve.errors import ApiError
-from intaglio.serve.limits import Admission, Keys, check_name, confined
+from intaglio.serve.limits import Admission, Keys, confined
 from intaglio.serve.protocol import ChatRequest, CompletionRequest, LoadRequest
 
 

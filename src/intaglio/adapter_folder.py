@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +24,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .adapter.names import PREFIX
+from .core.files import folder_beside, publish, read_mapping
 from .records import Record, stored_index
 from .selection import Entries, Selection
 
@@ -55,7 +55,7 @@ def key(parameter: str, kind: str) -> str:
     'base_model.model.model.norm.intaglio_values.weight'
     """
     module, _, name = parameter.rpartition(".")
-    return ".".join(filter(None, ("base_model.model", module, f"intaglio_{kind}", name)))
+    return PREFIX + ".".join(filter(None, (module, f"intaglio_{kind}", name)))
 
 
 def write(contents: Contents, directory: str | os.PathLike[str]) -> Path:
@@ -68,20 +68,11 @@ def write(contents: Contents, directory: str | os.PathLike[str]) -> Path:
         The folder.
     """
     target = Path(directory).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _write_files(contents, temporary)
-        if target.exists():
-            # A README that stands beside no adapter is somebody else's.
-            keep_card = (target / CARD).exists() and not (target / CONFIG).exists()
-            for file in (WEIGHTS, CONFIG) if keep_card else (WEIGHTS, CARD, CONFIG):
-                os.replace(temporary / file, target / file)
-        else:
-            temporary.chmod(0o755)
-            os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with folder_beside(target) as folder:
+        _write_files(contents, folder)
+        if (target / CARD).exists() and not (target / CONFIG).exists():
+            (folder / CARD).unlink()  # a README that stands beside no adapter is somebody else's
+        publish(folder, target, last=(CONFIG,))
     return target
 
 
@@ -132,9 +123,9 @@ def tensors(contents: Contents) -> dict[str, Tensor]:
 def _write_files(contents: Contents, folder: Path) -> None:
     raw = safetensors.torch.save(tensors(contents), {"format": "pt"})
     config = _config(contents) | {"sha256": hashlib.sha256(raw).hexdigest()}
-    _write_synced(folder / WEIGHTS, raw)
-    _write_synced(folder / CARD, _card(contents).encode())
-    _write_synced(folder / CONFIG, json.dumps(config, indent=1).encode())
+    (folder / WEIGHTS).write_bytes(raw)
+    (folder / CARD).write_text(_card(contents), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _config(contents: Contents) -> dict[str, Any]:
@@ -187,13 +178,6 @@ Or with PEFT: `import intaglio.hf`, then `PeftModel.from_pretrained(base, "this/
 """
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of an adapter folder of any type.
 
@@ -203,13 +187,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder}: not an adapter folder, it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged, not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: damaged, not a mapping")
-    return config
+    return read_mapping(path)
 
 
 def _own_config(folder: Path) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .core.files import folder_beside, publish
 
 __all__ = [
     "adapters_of",
@@ -58,25 +58,16 @@ def load(model: Any, directory: str | os.PathLike[str]) -> None:
 
 
 def save(model: Any, directory: str | os.PathLike[str]) -> Path:
-    """Write a PeftModel's own adapter folder, complete; each file appears by one rename.
+    """Write a PeftModel's own adapter folder, complete: a new one by one rename, else file by file.
 
     Returns:
         The folder.
     """
     target = Path(directory).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with folder_beside(target) as folder:
         name = model.active_adapter
-        model.save_pretrained(str(temporary), selected_adapters=[name])
-        written = temporary if name == "default" else temporary / name  # PEFT puts all others a level deeper
-        target.mkdir(exist_ok=True)
-        for path in sorted(p for p in written.rglob("*") if p.is_file()):
-            place = target / path.relative_to(written)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(str(folder), selected_adapters=[name])
+        publish(folder if name == "default" else folder / name, target)  # PEFT puts all others a level deeper
     return target
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import adapter_folder
+from .core.fingerprint import fingerprint, is_attached
 from .selection import Entries, Selection
-from .slots import Slots, fingerprint
 
 __all__ = ["Delta", "refuse_tuner"]
 
@@ -172,7 +172,7 @@ def refuse_tuner(model: nn.Module) -> None:
     Raises:
         ValueError: where a tuner is attached.
     """
-    if Slots.REGISTERED_AS in model._modules:
+    if is_attached(model):
         raise ValueError("the model has a tuner attached, whose next step would overwrite this; call its detach() first")
 
 

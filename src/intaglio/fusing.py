@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .core.fingerprint import fingerprint
 from .delta import Delta
 from .selection import Entries, Selection, union, within
-from .slots import fingerprint
 
 __all__ = ["Part", "check_weights", "combine", "fuse", "warn_of_overlap"]
 

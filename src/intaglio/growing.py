@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import tied
+from .core.fingerprint import fingerprint
 from .selection import Entries, from_flat
-from .slots import Slot, damped_values, fingerprint
+from .slots import Slot, damped_values
 
 __all__ = ["GrowingSlot"]
 

@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 
+from .core.files import read_mapping
 from .methods import PaFi
 from .selection import Elements, Selection
 from .streaming import Unmasking
@@ -52,11 +53,8 @@ def read(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, not JSON ({error})") from error
-    if not isinstance(record, dict) or not {"updates", "chosen", "at", "overlap", "touched"} <= record.keys():
+    record = read_mapping(path)
+    if not {"updates", "chosen", "at", "overlap", "touched"} <= record.keys():
         raise ValueError(f"{path}: damaged, it lacks what a record of unmasking holds")
     return record
 

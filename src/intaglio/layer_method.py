@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .method import Method, State, refuse
+from .method import Method, State
+from .method_kinds import fields
 from .probe import Probe
 from .selection import Selection, Whole
 
-__all__ = ["Law", "LayerMethod", "Policy", "StatePolicy", "count_of", "count_problems", "draw"]
+__all__ = ["Law", "LayerMethod", "Policy", "StatePolicy", "count_of", "draw"]
 
 Law = Literal["uniform", "multinomial"]
 Policy = Literal["any", "contiguous", "top"]
@@ -56,20 +56,12 @@ class LayerMethod(Method):
     redraw: int = 1
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        refuse(type(self).__name__, self._problems())
-
     def _problems(self) -> list[str]:
-        """All that is wrong with the fields, before a model is known."""
-        problems = count_problems("layers", self.layers)
+        problems = fields.share("layers", self.layers, "layers")
         if self.of is not None and (not isinstance(self.of, Method) or self.of.phase == "layer"):
             problems.append(f"of={self.of!r}: give a method that chooses entries, e.g. S2FT() or Full(), or None for an adapter")
-        for key, kind in (("state", StatePolicy), ("policy", Policy)):
-            if getattr(self, key) not in typing.get_args(kind):
-                problems.append(f"{key}={getattr(self, key)!r}: known are {', '.join(typing.get_args(kind))}")
-        if isinstance(self.redraw, bool) or not isinstance(self.redraw, int) or self.redraw < 1:
-            problems.append(f"redraw={self.redraw!r}: give a number of updates, at least 1")
-        return problems
+        problems += fields.choice("state", self.state, StatePolicy) + fields.choice("policy", self.policy, Policy)
+        return problems + fields.count("redraw", self.redraw, "number of updates")
 
     @property
     def needs_probe(self) -> bool:
@@ -105,8 +97,8 @@ class LayerMethod(Method):
         return Selection({name: Whole(tuple(p.shape)) for name, p in found.items()}).difference(exclude), state
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"name": self.name} | fields | {"of": None if self.of is None else self.of.to_dict()}
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"name": self.name} | held | {"of": None if self.of is None else self.of.to_dict()}
 
     def check(self, layer_count: int) -> None:
         """Hold the fields against a stack of so many layers.
@@ -213,15 +205,6 @@ def count_of(name: str, value: int | float, total: int) -> int:
     if count > total:
         raise ValueError(f"{name}={value}: the model has {total} layers that hold anything to train; ask for at most {total}")
     return count
-
-
-def count_problems(name: str, value: object) -> list[str]:
-    """What is wrong with a number of layers before the model is known."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return [f"{name}={value!r}: give a number of layers, or a share of them in (0, 1]"]
-    if not value > 0 or (isinstance(value, float) and not value <= 1):
-        return [f"{name}={value}: a number of layers must be at least 1, a share above 0 and at most 1.0"]
-    return []
 
 
 def _trainable(method: str, model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from . import adapters
+from .adapter.names import PREFIX
+from .core.files import read_mapping
 from .rotation import Rotation
 
 __all__ = ["FILE", "ranking", "read", "rows", "save", "to_csv"]
 
 FILE, _POINTS = "layers.json", 200
-_WRAPPER = "base_model.model."  # what PEFT puts before the name of every module
 
 
 def save(rotation: Rotation, path: Path) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def save(rotation: Rotation, path: Path) -> dict[str, Any]:
         >>> record = save(tuner.rotation, Path("runs/demo/layers.json"))
     """
     method, history = rotation.method, rotation.history
-    prefix = _WRAPPER if adapters.is_peft(rotation.model) else ""
+    prefix = PREFIX if adapters.is_peft(rotation.model) else ""
     updates = sum(rotation.visits) // method.active_count(len(rotation.layers))
     record = {
         "layers": [path.removeprefix(prefix) for path in rotation.layers.paths],
@@ -71,10 +72,7 @@ def read(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, not JSON ({error})") from error
+    record = read_mapping(path)
     problem = _problem(record)
     if problem is not None:
         raise ValueError(f"{path}: damaged, {problem}")
@@ -166,8 +164,6 @@ def _problem(record: Any) -> str | None:
         "draws": list,
         "trained": dict,
     }
-    if not isinstance(record, dict):
-        return "not a mapping"
     wrong = [key for key, kind in kinds.items() if key not in record or not isinstance(record[key], kind)]
     if wrong:
         return f"{wrong[0]} is missing or of the wrong kind"

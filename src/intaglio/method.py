@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from .budget import resolve_budget, top_k
+from .method_kinds import fields
 from .probe import Probe
 from .selection import Selection
 
@@ -23,10 +24,7 @@ __all__ = [
     "Phase",
     "ScoredMethod",
     "State",
-    "budget_problems",
     "matching",
-    "pattern_problems",
-    "refuse",
     "refuse_foreign",
 ]
 
@@ -40,6 +38,13 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for tables and --help
     phase: ClassVar[Phase] = "start"
+
+    def __post_init__(self) -> None:
+        fields.refuse(type(self).__name__, self._problems())
+
+    def _problems(self) -> list[str]:
+        """All that is wrong with the fields, before a model is known."""
+        return []
 
     @property
     def needs_probe(self) -> bool:
@@ -81,8 +86,8 @@ class Method(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """`{"name": …, field: value, …}`: what `methods.build` takes back."""
-        fields = dataclasses.asdict(self)  # type: ignore[call-overload]  # every method is a dataclass
-        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        held = dataclasses.asdict(self)  # type: ignore[call-overload]  # every method is a dataclass
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in held.items()}
 
 
 class EntryMethod(Method):
@@ -92,11 +97,8 @@ class EntryMethod(Method):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        refuse(type(self).__name__, self._problems())
-
     def _problems(self) -> list[str]:
-        return pattern_problems(include=self.include, exclude=self.exclude) + budget_problems(self.budget)
+        return fields.patterns(include=self.include, exclude=self.exclude) + fields.share("budget", self.budget)
 
     @abstractmethod
     def scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], probe: Probe | None) -> Iterator[tuple[str, Tensor]]:
@@ -160,26 +162,6 @@ def matching(model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...
     return {name: p for name, p in parameters.items() if _matches(name, include) and not _matches(name, exclude)}
 
 
-def budget_problems(budget: object) -> list[str]:
-    """What is wrong with a budget of entries before the model is known."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        return [f"budget={budget!r}: give a whole number (a count) or a fraction in (0, 1] (a share)"]
-    if not budget > 0 or (isinstance(budget, float) and not budget <= 1):
-        return [f"budget={budget}: a count must be at least 1, a share above 0 and at most 1.0"]
-    return []
-
-
-def pattern_problems(**patterns: tuple[str, ...]) -> list[str]:
-    """What is wrong with tuples of shell patterns, given by argument name."""
-    problems = []
-    for argument, value in patterns.items():
-        if isinstance(value, str):
-            problems.append(f"{argument}={value!r}: give a tuple of patterns, ({value!r},)")
-        elif not isinstance(value, tuple) or not all(isinstance(pattern, str) for pattern in value):
-            problems.append(f"{argument}={value!r}: give a tuple of patterns, e.g. ('*.mlp.*',)")
-    return problems
-
-
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
@@ -196,9 +178,3 @@ def refuse_foreign(exclude: Selection, model: nn.Module) -> None:
         if found != entries.shape:
             has = "no such parameter" if found is None else f"shape {list(found)}"
             raise ValueError(f"exclude: {name} of shape {list(entries.shape)}: the model has {has}; give entries of this model")
-
-
-def refuse(method: str, problems: list[str]) -> None:
-    """Raise all problems of a method's fields in one `ValueError`; none, no error."""
-    if problems:
-        raise ValueError(f"{method}: " + "; ".join(problems))

@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from .core.fingerprint import fingerprint
 from .permute import Layout
 from .selection import Elements, Entries, Slices, shared, within
-from .slots import fingerprint
 
 __all__ = ["Overlay", "Piece", "Place"]
 

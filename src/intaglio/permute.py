@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import quiet
+from .core.fingerprint import fingerprint
 from .probe import Probe
 from .selection import Entries, Selection, Slices
-from .slots import fingerprint
 from .structure import Layer, Projection, describe, refuse_shared
 
 __all__ = ["Layout", "co_permute"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from .core.files import read_mapping
 
 __all__ = ["adapter_of", "read_run"]
 
@@ -18,11 +19,8 @@ def read_run(run: Path) -> dict[str, Any]:
     path = run / "run.json"
     if not path.is_file():
         raise ValueError(f"{run}: not a finished run, it has no run.json")
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, not JSON ({error})") from error
-    if not isinstance(result, dict) or not isinstance(result.get("config"), dict):
+    result = read_mapping(path)
+    if not isinstance(result.get("config"), dict):
         raise ValueError(f"{path}: damaged, it holds no config")
     return result
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from .adapter.names import check_name
 from .adapter_folder import WEIGHTS, read_config
 from .delta import Delta
 from .overlay import Piece
 from .selection import Elements, Slices
 
 __all__ = ["Shelf", "Source", "open_source"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 @dataclass
@@ -86,8 +84,7 @@ class Shelf:
         Raises:
             ValueError: where it is no name, or taken.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"name={name!r}: give letters, digits, '.', '_', ':' or '-', at most 128, a letter or digit first")
+        check_name(name)
         if name in self._adapters:
             raise ValueError(f"name={name!r}: an adapter of this name is loaded; unload it first, or take another name")
 

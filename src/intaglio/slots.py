@@ -7,7 +7,6 @@ add up in the slot. After each update the slot is written into the live weight, 
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from . import partial_linear
+from .core.fingerprint import fingerprint
 from .selection import Entries, Selection, Slices, Whole
 from .structure import is_transposed
 
-__all__ = ["FixedSlot", "Slot", "Slots", "damped_values", "fingerprint", "refuse_differing_ranks"]
+__all__ = ["FixedSlot", "Slot", "Slots", "damped_values", "refuse_differing_ranks"]
 
 
 class Slot(nn.Module, ABC):
@@ -194,8 +194,6 @@ class Slots(nn.Module):
         ValueError: for a name the model does not have, or a weight that is not floating point (quantized).
     """
 
-    REGISTERED_AS = "intaglio_slots"
-
     def __init__(self, model: nn.Module, selection: Selection, *, partial: bool = True) -> None:
         super().__init__()
         parameters = dict(model.named_parameters())
@@ -287,13 +285,6 @@ def refuse_differing_ranks(selection: Selection) -> None:
     torch.distributed.all_gather_object(ranks, own)
     if any(other != own for other in ranks):
         raise ValueError("the processes of this run chose different entries; give every one the same probe, seed and exclude")
-
-
-def fingerprint(values: Tensor) -> str:
-    """Hash of a tensor's exact bytes, type and shape: 16 hex digits of SHA-256."""
-    header = f"{values.dtype}{list(values.shape)}".encode()
-    raw = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(header + raw.tobytes()).hexdigest()[:16]
 
 
 def damped_values(start: Tensor, tuned: Tensor, factor: float) -> Tensor:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from . import adapters, tied
 from .budget import TopK
+from .core.fingerprint import fingerprint
 from .growing import GrowingSlot
 from .scan import scan
 from .selection import Selection, Whole, from_flat
-from .slots import Slot, Slots, fingerprint
+from .slots import Slot, Slots
 from .update_method import UpdateMethod
 from .updates import Updates, correct_ages, follow, refuse_optimizer
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters
+from .core.fingerprint import ATTACHED, is_attached
 from .delta import Delta
 from .layer_method import LayerMethod
 from .method import Method, State, refuse_foreign
@@ -71,7 +72,7 @@ def attach(
         >>> loss = model(**batch).loss; loss.backward(); optimizer.step(); optimizer.zero_grad()
         >>> tuner.save("adapter")
     """
-    if Slots.REGISTERED_AS in model._modules:
+    if is_attached(model):
         raise ValueError("this model has a tuner attached already; call its detach() first")
     refuse_foreign(exclude or Selection(), model)
     exclude = (exclude or Selection()).union(_frozen(model))
@@ -138,7 +139,7 @@ class Tuner:
             layout.revert_(model)
             self._restore_requires_grad()
             raise
-        model.add_module(Slots.REGISTERED_AS, self.slots)
+        model.add_module(ATTACHED, self.slots)
 
     @property
     def method(self) -> Method:
@@ -270,7 +271,7 @@ class Tuner:
         Raises:
             ValueError: where it is detached already, or permuted weights were replaced since attach.
         """
-        if self.model._modules.get(Slots.REGISTERED_AS) is not self.slots:
+        if self.model._modules.get(ATTACHED) is not self.slots:
             raise ValueError("this tuner is detached already; attach again to go on training")
         if self.rotation is not None:
             self.rotation.release()
@@ -278,7 +279,7 @@ class Tuner:
         self.layout.revert_(self.model)
         for slot in self.slots:
             slot.disconnect()
-        del self.model._modules[Slots.REGISTERED_AS]
+        del self.model._modules[ATTACHED]
         self._restore_requires_grad()
         return self.model
 

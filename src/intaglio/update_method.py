@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .budget import resolve_budget, top_k
 from .method import Method, State, matching
+from .method_kinds import fields
 from .probe import Probe
 from .selection import Selection, from_flat
 
@@ -42,6 +43,9 @@ class UpdateMethod(Method):
     budget: int | float
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+
+    def _problems(self) -> list[str]:
+        return fields.patterns(include=self.include, exclude=self.exclude) + fields.share("budget", self.budget)
 
     @abstractmethod
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .growing import GrowingSlot
-from .method import refuse
+from .method_kinds import fields
 
 __all__ = ["Updates", "correct_ages", "follow", "refuse_kind", "refuse_optimizer"]
 
@@ -56,18 +56,14 @@ class Updates:
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Updates)
-        problems = [
-            f"{key}={value!r}: known are {', '.join(typing.get_args(hints[key]))}"
-            for key, value in vars(self).items()
-            if typing.get_origin(hints[key]) is Literal and value not in typing.get_args(hints[key])
-        ]
-        if isinstance(self.oversampling, bool) or not isinstance(self.oversampling, int) or self.oversampling < 1:
-            problems.append(f"oversampling={self.oversampling!r}: give a whole number of at least 1")
+        choices = {key: value for key, value in vars(self).items() if typing.get_origin(hints[key]) is Literal}
+        problems = [problem for key, value in choices.items() for problem in fields.choice(key, value, hints[key])]
+        problems += fields.count("oversampling", self.oversampling)
         if self.oversampling != 10 and self.accumulation != "lean":
             problems.append(f"oversampling={self.oversampling!r}: has no effect with accumulation={self.accumulation!r}")
         if (self.accumulation, self.clip) == ("lean", "dense"):
             problems.append("clip='dense': the norm of a sum needs whole gradients, which 'lean' does not keep; take 'exact'")
-        refuse("Updates", problems)
+        fields.refuse("Updates", problems)
 
 
 def refuse_optimizer(optimizer: torch.optim.Optimizer, slots: Iterable[GrowingSlot], updates: Updates) -> None:

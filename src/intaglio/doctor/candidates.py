@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,9 @@ from typing import Any
 
 import safetensors
 
+from ..adapter.names import LORA_KEY, check_name
 from ..adapter_folder import PEFT_TYPE, WEIGHTS, read_config
+from ..core.files import read_mapping
 from ..delta import Delta
 from ..hf.from_lora import check_config
 from ..hf.gguf_lora import FILE, read_gguf
@@ -20,9 +20,6 @@ from ..run_folder import adapter_of
 from ..selection import Slices
 
 __all__ = ["Candidate", "Module", "projection", "read"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,7 @@ def read(adapters: Sequence[str]) -> list[Candidate]:
 
 
 def _read(name: str, path: Path) -> Candidate:
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"adapter name {name!r}: give letters, digits and . _ : - (at most 128, the first a letter or digit)")
+    check_name(name)
     folder, _ = adapter_of(path)
     if (folder / FILE).is_file():
         return _gguf(name, folder)
@@ -133,7 +129,7 @@ def _lora(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # no mapping
-                match, shape = _KEY.fullmatch(key), file.get_slice(key).get_shape()
+                match, shape = LORA_KEY.fullmatch(key), file.get_slice(key).get_shape()
                 if match and len(shape) == 2:
                     shapes[match[1], match[2]] = shape
                 else:
@@ -156,8 +152,7 @@ def _lora(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
 
 def _marker(path: Path) -> dict[str, Any]:
     """What our export noted, where the folder is one."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return read_mapping(path) if path.is_file() else {}
 
 
 def _gguf(name: str, folder: Path) -> Candidate:

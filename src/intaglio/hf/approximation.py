@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..adapter.names import PREFIX
 from ..adapter_folder import WEIGHTS
 from ..delta import Delta
 from ..structure import is_transposed
@@ -147,7 +148,7 @@ def _errors(sparse: Any, tensors: Mapping[str, Tensor]) -> dict[str, float]:
             product = (tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]).double().cpu()
             product = product.T if is_transposed(layer.base_layer) else product
             own_lost, own = (change - product).square().sum().item(), change.square().sum().item()
-            found[path.removeprefix("base_model.model.")] = (own_lost / own) ** 0.5 if own else 0.0
+            found[path.removeprefix(PREFIX)] = (own_lost / own) ** 0.5 if own else 0.0
             lost, total = lost + own_lost, total + own
     return found | {"": (lost / total) ** 0.5 if total else 0.0}
 

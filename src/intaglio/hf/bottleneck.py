@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..method import refuse
+from ..method_kinds import fields
 from ..structure import describe, is_transposed
 from .bottleneck_layer import ACTIVATIONS, NO_MERGE, BottleneckLayer
 from .peft_config import PeftTypeName, _help
@@ -86,18 +86,16 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = TYPE  # type: ignore[assignment]  # PEFT looks types up as strings
-        refuse(type(self).__name__, [*self._problems()])
+        fields.refuse(type(self).__name__, [*self._problems()])
 
     def _problems(self) -> Iterator[str]:
-        if type(self.bottleneck_size) is not int or self.bottleneck_size < 1:
-            yield f"bottleneck_size={self.bottleneck_size!r}: wanted is a whole number of at least 1"
+        yield from fields.count("bottleneck_size", self.bottleneck_size)
         for name, allowed in (("placement", ROLES), ("activation", ACTIVATIONS), ("bias", BIASES)):
-            if getattr(self, name) not in (*allowed,):
-                yield f"{name}={getattr(self, name)!r}: wanted is one of {', '.join(allowed)}"
-        if not _is_number(self.scaling) or not math.isfinite(self.scaling) or self.scaling == 0:
-            yield f"scaling={self.scaling!r}: wanted is a number other than 0"
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            yield f"dropout={self.dropout!r}: wanted is a probability below 1"
+            yield from fields.choice(name, getattr(self, name), allowed)
+        yield from fields.number(
+            "scaling", self.scaling, "a finite number other than 0", low=math.inf if self.scaling == 0 else -math.inf
+        )
+        yield from fields.number("dropout", self.dropout, "a probability below 1", low=0.0, high=math.nextafter(1.0, 0.0))
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             yield "layers_to_transform: has no effect where target_modules is a str; give a list, or name the layers in it"
         if self.layers_pattern and self.layers_to_transform is None:
@@ -161,10 +159,6 @@ class BottleneckModel(BaseTuner):
                 "adapter_names: bottleneck adapters serve one adapter per batch; call set_adapter and split the batch"
             )
         yield
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,19 +15,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..adapter.names import LORA_KEY, changes_base, lora_key, lora_scale
 from ..adapter_folder import WEIGHTS, read_config
+from ..core.files import read_mapping
+from ..core.fingerprint import fingerprint
 from ..delta import Delta
 from ..selection import Selection, Slices
-from ..slots import fingerprint
 from ..structure import is_transposed
 from .equivalence import InexactExport, answer, applied, compare, prompts
 from .staging import MARKER, staged
 from .stock import EXACT, load_stock, size_of, write_marker
 
 __all__ = ["Picks", "StockLora", "beyond", "check_config", "picks", "read_lora", "to_delta"]
-
-_KEY = "base_model.model."
-_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # prefixes of `init_lora_weights` that change the base itself
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,7 @@ class StockLora:
 
     def scale(self, path: str) -> float:
         """What PEFT multiplies B·A of a module by."""
-        from peft.utils.other import get_pattern_key
-
-        ranks, alphas = self.config.get("rank_pattern") or {}, self.config.get("alpha_pattern") or {}
-        rank = ranks.get(get_pattern_key(list(ranks), path), self.config["r"])
-        alpha = alphas.get(get_pattern_key(list(alphas), path), self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return lora_scale(self.config, path, self.modules[path][0].shape[0])
 
 
 @dataclass(frozen=True)
@@ -94,10 +86,7 @@ def read_lora(folder: str | os.PathLike[str]) -> StockLora:
         raise ValueError(f"{path}: cannot become a sparse adapter: it has {problem}, which is more than a product of two factors")
     check_config(path, config)
     marker = path / MARKER
-    try:
-        exported = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{marker}: damaged, not JSON ({error})") from error
+    exported = read_mapping(marker) if marker.is_file() else {}
     exact = _tensors(path / EXACT) if exported and (path / EXACT).is_file() else {}
     return StockLora(config, _modules(path), exported, exact, path)
 
@@ -202,8 +191,8 @@ def beyond(config: Mapping[str, Any]) -> str | None:
             return f"{name}={config[name]!r}"
     if config.get("bias", "none") != "none":
         return f"bias={config['bias']!r}"
-    start = config.get("init_lora_weights")
-    return f"init_lora_weights={start!r}" if isinstance(start, str) and start.lower().startswith(_CHANGING) else None
+    start = changes_base(config)
+    return f"init_lora_weights={start!r}" if start else None
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -215,12 +204,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _modules(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     tensors = _tensors(folder / WEIGHTS)
-    paths = [key.removeprefix(_KEY).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    keys = {f"{_KEY}{path}.lora_{letter}.weight" for path in paths for letter in "AB"}
+    paths = [found["path"] for key in tensors if (found := LORA_KEY.fullmatch(key)) and found["letter"] == "A"]
+    keys = {lora_key(path, letter) for path in paths for letter in "AB"}
     if not paths or keys != tensors.keys():
         odd = next(iter(sorted(keys ^ tensors.keys())), "nothing")
         raise ValueError(f"{folder / WEIGHTS}: not pairs of lora_A and lora_B of linear modules: {odd}")
-    found = {path: (tensors[f"{_KEY}{path}.lora_A.weight"], tensors[f"{_KEY}{path}.lora_B.weight"]) for path in paths}
+    found = {path: (tensors[lora_key(path, "A")], tensors[lora_key(path, "B")]) for path in paths}
     for path, (a_RI, b_OR) in found.items():
         if a_RI.dim() != 2 or b_OR.dim() != 2 or a_RI.shape[0] != b_OR.shape[1]:
             raise ValueError(f"{folder / WEIGHTS}: {path}: factors of shapes {list(a_RI.shape)} and {list(b_OR.shape)}")

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from .. import adapters
+from ..adapter.names import PREFIX, changes_base
 from ..adapter_folder import WEIGHTS, read_config
 from ..calibration import quiet
 from ..layer_record import ranking
@@ -32,8 +33,7 @@ from .staging import MARKER, staged
 __all__ = ["TABLE", "check_prunable", "layers_to_transform", "losses", "prune", "rank_pattern"]
 
 TABLE = "pruning.csv"
-_WRAPPER, _LORA = "base_model.model.", ".lora_"
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also change the base's weights
+_LORA = ".lora_"
 
 
 def layers_to_transform(record: Mapping[str, Any], k: int) -> list[int]:
@@ -112,8 +112,7 @@ def check_prunable(folder: Path, record: Mapping[str, Any], k: int) -> None:
         raise ValueError(f"{folder}: holds a {kind} adapter; prune takes layers out of LoRA adapters")
     if config.get("target_parameters"):
         raise ValueError(f"{folder}: target_parameters (experts in one tensor) cannot be confined to layers; not supported")
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGES_BASE):
+    if start := changes_base(config):
         raise ValueError(
             f"{folder}: init_lora_weights={start!r} has changed the base's weights, so that a layer without its adapter is not "
             "the base's; train with the default initialisation to prune"
@@ -309,12 +308,12 @@ def _confine(config: LoraConfig, record: Mapping[str, Any], best: list[int], eve
 
 
 def _layer_of(name: str, layers: Sequence[str]) -> int | None:
-    path = name.removeprefix(_WRAPPER)
+    path = name.removeprefix(PREFIX)
     return next((place for place, layer in enumerate(layers) if path.startswith(f"{layer}.")), None)
 
 
 def _module(name: str) -> str:
-    return name.removeprefix(_WRAPPER).partition(_LORA)[0]
+    return name.removeprefix(PREFIX).partition(_LORA)[0]
 
 
 def _of(adapter: Any) -> PeftModel:
@@ -322,7 +321,7 @@ def _of(adapter: Any) -> PeftModel:
 
 
 def _adapters_in(model: PeftModel, path: str) -> list[tuple[nn.Module, set[str]]]:
-    prefix = f"{_WRAPPER}{path}."
+    prefix = f"{PREFIX}{path}."
     held = [p for name, p in model.named_parameters() if name.startswith(prefix) and _LORA in name]
     active = set(model.active_adapters)
     found = [(layer, names & active) for layer, names in adapters.adapters_of(model, held).values() if names & active]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.names import lora_key
 from ..delta import Delta
 from ..selection import Selection, Slices
 from ..structure import is_transposed
@@ -192,7 +193,7 @@ def _siblings(paths: set[str], model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _named(path: str, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A module's factors as PEFT names them."""
-    return {f"base_model.model.{path}.lora_{letter}.weight": t.to(dtype) for letter, t in zip("AB", pair, strict=True)}
+    return {lora_key(path, letter): t.to(dtype) for letter, t in zip("AB", pair, strict=True)}
 
 
 def _config(delta: Delta, model: Any, ranks: Mapping[str, int], transposed: bool) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.files import folder_beside, publish
 from ..structure import is_transposed
 
 if TYPE_CHECKING:
@@ -164,16 +163,11 @@ def _convert(source: Path, folder: Path) -> None:
     """Convert a GGUF file to an ordinary model folder, once; it appears by one rename."""
     import transformers
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with folder_beside(folder) as temporary:
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         dequantize = transformers.GgufConfig(dequantize=True)  # without it the weights can be neither trained nor saved
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, quantization_config=dequantize)
         model.save_pretrained(temporary)
         transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(temporary)
-        temporary.chmod(0o755)
         if not folder.exists():  # another process may have been faster
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            publish(temporary, folder)

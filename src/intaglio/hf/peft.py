@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..core.fingerprint import fingerprint
 from ..records import Record
 from ..selection import Entries, Selection
-from ..slots import fingerprint, refuse_differing_ranks
+from ..slots import refuse_differing_ranks
 from . import peft_places
 from .peft_config import TYPE, DeltaConfig, S2FTConfig
 from .peft_guard import check_module, check_parameter, check_tied, check_tokens, refuse_nested, refuse_quantized

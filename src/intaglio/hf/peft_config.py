@@ -15,7 +15,8 @@ from torch import nn
 
 from .. import __version__
 from ..adapter_folder import FORMAT_VERSION, PEFT_TYPE, WEIGHTS
-from ..method import refuse, refuse_foreign
+from ..method import refuse_foreign
+from ..method_kinds.fields import refuse
 from ..methods import build
 from ..methods.s2ft import S2FT
 from ..probe import Probe

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..core.fingerprint import fingerprint
 from ..records import Record, stored_index
 from ..selection import Entries
-from ..slots import fingerprint
 
 __all__ = ["call_with", "check_base", "fresh", "replaced", "vacant"]
 

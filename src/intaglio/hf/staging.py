@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..core.files import folder_beside, publish
 
 __all__ = ["MARKER", "check_target", "staged"]
 
@@ -42,34 +42,19 @@ def staged(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         ValueError: as `check_target`.
     """
     target = check_target(directory, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        folder = temporary / "new"
+    with folder_beside(target) as beside:
+        folder, old = beside / "new", beside / "old"
         folder.mkdir()
         yield folder
-        _sync(folder)
+        # safetensors writes files that only their owner can read; a server may run as another user.
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            path.chmod(folder.stat().st_mode & 0o666)
         check_target(target, overwrite=overwrite)  # something may have appeared since
-        old = temporary / "old"
         try:
             if target.exists():
                 os.replace(target, old)
-            os.replace(folder, target)
+            publish(folder, target)
         except BaseException:
             if old.exists() and not target.exists():
                 os.replace(old, target)
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    # safetensors writes files that only their owner can read; a server may run as another user.
-    mode = folder.stat().st_mode & 0o666
-    for path in (p for p in folder.rglob("*") if p.is_file()):
-        path.chmod(mode)
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.names import PREFIX
 from ..delta import Delta
 from ..selection import Entries
 from .stock import differences, export_peft, linear_owners, refuse, target_modules
@@ -57,7 +58,7 @@ def to_supertuning(
 
     changes, tensors = differences(delta, model), {}
     for name, (path, _) in owners.items():
-        key, entries = f"base_model.model.{path}.supertuning", delta.selection[name]
+        key, entries = f"{PREFIX}{path}.supertuning", delta.selection[name]
         index, values = _padded(entries, changes[name], _slots(entries.numel, sparsity))
         tensors |= {f"{key}_indices": index, f"{key}_values": values}
 

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .. import adapters
+from ..core.files import write_whole
 from ..probe import label_count
 from ..updates import refuse_kind
 
@@ -55,7 +56,7 @@ class _Marked:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]  # a Trainer's
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists() and not self.args.save_only_model:
-            _write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}).encode())
+            write_whole(folder / COMPLETE, json.dumps({"step": self.state.global_step}).encode())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the adapter has its own, and the Trainer's would describe a full model."""
@@ -256,7 +257,7 @@ def save_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
     method_state = state.pop("state")
     tensors |= {f"state/{key}": value.cpu() for key, value in method_state.items() if isinstance(value, torch.Tensor)}
     state["state"] = {key: value for key, value in method_state.items() if not isinstance(value, torch.Tensor)}
-    _write_atomic(Path(folder) / STATE, safetensors.torch.save(tensors, {"tuner": json.dumps(state)}))
+    write_whole(Path(folder) / STATE, safetensors.torch.save(tensors, {"tuner": json.dumps(state)}))
 
 
 def load_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
@@ -287,12 +288,3 @@ def last_checkpoint(run: str | os.PathLike[str]) -> Path | None:
     folders = [marker.parent for marker in Path(run).glob(f"checkpoint-*/{COMPLETE}")]
     numbered = [folder for folder in folders if folder.name.removeprefix("checkpoint-").isdigit()]
     return max(numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

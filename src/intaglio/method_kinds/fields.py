@@ -35,7 +35,9 @@ def share(name: str, value: object, what: str = "entries", *, none: str = "") ->
     return []
 
 
-def number(name: str, value: object, allowed: str, *, low: float = -math.inf, high: float = math.inf, none: str = "") -> list[str]:
+def number(
+    name: str, value: object, allowed: str, *, low: float = -math.inf, high: float = math.inf, none: str = ""
+) -> list[str]:
     """A finite number, low ≤ value ≤ high.
 
     Args:
@@ -52,8 +54,8 @@ def number(name: str, value: object, allowed: str, *, low: float = -math.inf, hi
 
 
 def choice(name: str, value: object, allowed: Any) -> list[str]:
-    """One of the values of a `Literal`."""
-    known = typing.get_args(allowed)
+    """One of the values of a `Literal`, or of a collection."""
+    known = typing.get_args(allowed) or tuple(allowed)
     return [] if value in known else [f"{name}={value!r}: known are {', '.join(map(str, known))}"]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 from typing import Literal, final
 
 from torch import nn
 
-from ..method import Method, State, matching, pattern_problems, refuse
+from ..method import Method, State, matching
+from ..method_kinds import fields
 from ..probe import Probe
 from ..selection import Selection, Whole
 
@@ -51,11 +51,8 @@ class BitFit(Method):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        problems = pattern_problems(include=self.include, exclude=self.exclude)
-        if self.tensors not in typing.get_args(Tensors):
-            problems.append(f"tensors={self.tensors!r}: known are {', '.join(typing.get_args(Tensors))}")
-        refuse("BitFit", problems)
+    def _problems(self) -> list[str]:
+        return fields.patterns(include=self.include, exclude=self.exclude) + fields.choice("tensors", self.tensors, Tensors)
 
     def selectable(self, model: nn.Module) -> set[str]:
         return set(self._chosen(model))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import scores
 from ..calibration import gradient_means
 from ..method import EntryMethod
+from ..method_kinds import fields
 from ..probe import Probe
 
 __all__ = ["FishMask"]
@@ -67,7 +68,4 @@ class FishMask(EntryMethod):
         yield from gradient_means(model, weights, probe, scores.fisher, samples=self.samples).items()
 
     def _problems(self) -> list[str]:
-        problems = super()._problems()
-        if self.samples is not None and (isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1):
-            problems.append(f"samples={self.samples!r}: give a whole number of examples, at least 1, or None for all")
-        return problems
+        return super()._problems() + fields.count("samples", self.samples, "number of examples", none="all")

@@ -8,6 +8,7 @@ from typing import final
 from torch import nn
 
 from ..method import Method, State, matching
+from ..method_kinds import fields
 from ..probe import Probe
 from ..selection import Selection, Whole
 
@@ -38,6 +39,9 @@ class Full(Method):
     summary = "every weight: the baseline"
 
     include: tuple[str, ...] = ("*",)
+
+    def _problems(self) -> list[str]:
+        return fields.patterns(include=self.include)
 
     def selectable(self, model: nn.Module) -> set[str]:
         return set(matching(model, self.include))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from .. import schedules, scores
 from ..budget import largest_remainder, resolve_budget
-from ..method import budget_problems, matching, pattern_problems, refuse
+from ..method import matching
+from ..method_kinds import fields
 from ..schedules import SCHEDULES
 from ..update_method import Pool, UpdateMethod
 
@@ -90,23 +90,18 @@ class ID3(UpdateMethod):
     whole: tuple[str, ...] = ()
     pools: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        patterns = {key: getattr(self, key) for key in ("include", "exclude", "whole", "pools")}
-        problems = budget_problems(self.budget) + pattern_problems(**patterns)
-        if self.steps is not None and (isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1):
-            problems.append(f"steps={self.steps!r}: give the number of updates, a whole number of at least 1, or None")
-        problems += _number_problems("exponent", self.exponent, low=float("-inf"))
-        problems += _number_problems("eps", self.eps, low=0.0)
-        if _number_problems("until", self.until, low=0.0) or not 0 < self.until <= 1:
-            problems.append(f"until={self.until!r}: give a fraction of the run, above 0 and at most 1")
-        for key, allowed in (("schedule", typing.get_args(Growth)), ("mode", typing.get_args(Mode))):
-            if getattr(self, key) not in allowed:
-                problems.append(f"{key}={getattr(self, key)!r}: known are {', '.join(allowed)}")
+    def _problems(self) -> list[str]:
+        problems = super()._problems() + fields.patterns(whole=self.whole, pools=self.pools)
+        problems += fields.count("steps", self.steps, "number of updates", none="the trainer's own number")
+        problems += fields.number("exponent", self.exponent, "a finite number")
+        problems += fields.number("eps", self.eps, "a finite number of at least 0", low=0.0)
+        problems += fields.number("until", self.until, "a fraction of the run, above 0 and at most 1", low=_TINY, high=1.0)
+        problems += fields.choice("schedule", self.schedule, Growth) + fields.choice("mode", self.mode, Mode)
         if self.mode != "increment" and (self.schedule, self.until) != ("linear", 1.0):
             problems.append(f"mode={self.mode!r}: takes all of the budget at once; leave schedule and until at their defaults")
         if self.schedule == "front" and self.until != 1.0:
             problems.append("schedule='front' has no `until`; use 'linear'")
-        refuse("ID3", problems)
+        return problems
 
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return scores.d3(weight, gradient, self.exponent, self.eps)
@@ -164,9 +159,3 @@ class ID3(UpdateMethod):
 
     def _pool(self, name: str) -> str | None:
         return next((pattern for pattern in self.pools if fnmatch(name, pattern)), None)
-
-
-def _number_problems(key: str, value: object, *, low: float) -> list[str]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < float("inf"):
-        return [f"{key}={value!r}: give a finite number" + (f" of at least {low:g}" if low == 0 else "")]
-    return []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
@@ -12,7 +11,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from ..layer_method import Law, LayerMethod, count_of, count_problems, draw
+from ..layer_method import Law, LayerMethod, count_of, draw
+from ..method_kinds import fields
 
 __all__ = ["IST"]
 
@@ -87,21 +87,13 @@ class IST(LayerMethod):
     floor: int | float = 0.1
 
     def _problems(self) -> list[str]:
-        problems = super()._problems() + count_problems("suppressed", self.suppressed)
-        for key, least in (("candidates", 2), ("interval", 1)):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                problems.append(f"{key}={value!r}: give a whole number of at least {least}")
-        if not _is_number(self.suppression) or not 0 <= self.suppression < 1:
-            problems.append(f"suppression={self.suppression!r}: give a factor of at least 0 and below 1")
-        if self.rate is not None and (not _is_number(self.rate) or not 0 <= self.rate < math.inf):
-            problems.append(f"rate={self.rate!r}: give a finite number of at least 0, or None")
-        if not _is_number(self.floor) or not 0 <= self.floor <= 1:
-            problems.append(f"floor={self.floor!r}: give a share between 0 and 1")
-        for key, kind in (("law", Law), ("reward", Reward)):
-            if getattr(self, key) not in typing.get_args(kind):
-                problems.append(f"{key}={getattr(self, key)!r}: known are {', '.join(typing.get_args(kind))}")
-        return problems
+        problems = super()._problems() + fields.share("suppressed", self.suppressed, "layers")
+        problems += fields.count("candidates", self.candidates, least=2) + fields.count("interval", self.interval)
+        below_one = math.nextafter(1.0, 0.0)
+        problems += fields.number("suppression", self.suppression, "a factor of at least 0 and below 1", low=0.0, high=below_one)
+        problems += fields.number("rate", self.rate, "a finite number of at least 0", low=0.0, none="that of the reward")
+        problems += fields.number("floor", self.floor, "a share between 0 and 1", low=0.0, high=1.0)
+        return problems + fields.choice("law", self.law, Law) + fields.choice("reward", self.reward, Reward)
 
     @property
     def learns(self) -> bool:

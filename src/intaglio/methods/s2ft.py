@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import typing
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -15,7 +14,8 @@ from .. import calibration
 from ..budget import resolve_budget
 from ..calibration import STRUCTURES
 from ..families import ROLES
-from ..method import Method, State, refuse
+from ..method import Method, State
+from ..method_kinds import fields
 from ..probe import Probe
 from ..scores import stable_seed
 from ..selection import Entries, Selection, Slices
@@ -24,7 +24,6 @@ from ..structure import Layer, describe, refuse_shared
 __all__ = ["S2FT"]
 
 Strategy = Literal["random", "weight", "activation", "product", "gradient"]
-Share = int | float | None
 _UNITS = {"channels": "FFN channels", "heads": "query heads", "kv_heads": "key-value heads"}
 _ON_DATA = ("activation", "product", "gradient")
 
@@ -91,15 +90,14 @@ class S2FT(Method):
     largest: bool = False
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        problems = [p for role in ROLES for p in _share_problems(role, getattr(self, role))]
+    def _problems(self) -> list[str]:
+        problems = [p for role in ROLES for p in fields.share(role, getattr(self, role), "units", none="frozen")]
         if not self._roles:
             problems.append(f"no projection is trained; give a share to at least one of {', '.join(ROLES)}")
-        if self.select not in typing.get_args(Strategy):
-            problems.append(f"select={self.select!r}: known are {', '.join(typing.get_args(Strategy))}")
+        problems += fields.choice("select", self.select, Strategy)
         if self.largest and self.select == "random":
             problems.append("largest=True has no effect with select='random'; name what to rank by")
-        refuse("S2FT", problems)
+        return problems
 
     @property
     def needs_probe(self) -> bool:
@@ -178,16 +176,6 @@ class S2FT(Method):
             weights = calibration.weight_norms(model, layers, self._structures)
             return {key: norm * weights[key].cpu() for key, norm in norms.items()}
         return norms
-
-
-def _share_problems(role: str, share: Share) -> list[str]:
-    if share is None:
-        return []
-    if isinstance(share, bool) or not isinstance(share, (int, float)):
-        return [f"{role}={share!r}: give a share in (0, 1], a whole number of units, or None for frozen"]
-    if share <= 0 or (isinstance(share, float) and not share <= 1):
-        return [f"{role}={share}: a share must be above 0 and at most 1.0 (None for frozen)"]
-    return []
 
 
 def _structure(role: str) -> str:

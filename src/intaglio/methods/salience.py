@@ -8,7 +8,6 @@ from typing import final
 from torch import Tensor
 
 from .. import scores
-from ..method import budget_problems, pattern_problems, refuse
 from ..update_method import UpdateMethod
 
 __all__ = ["SNIP", "StaticGradient"]
@@ -43,9 +42,6 @@ class StaticGradient(UpdateMethod):
     budget: int | float = 0.01
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        refuse("StaticGradient", budget_problems(self.budget) + pattern_problems(include=self.include, exclude=self.exclude))
 
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return scores.gradient(gradient)
@@ -85,9 +81,6 @@ class SNIP(UpdateMethod):
     budget: int | float = 0.01
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        refuse("SNIP", budget_problems(self.budget) + pattern_problems(include=self.include, exclude=self.exclude))
 
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return scores.snip(weight, gradient)

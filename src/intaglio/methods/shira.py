@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
@@ -13,6 +12,7 @@ from .. import scores
 from ..budget import largest_remainder, resolve_budget, top_k
 from ..calibration import gradient_means
 from ..method import EntryMethod, matching
+from ..method_kinds import fields
 from ..probe import Probe
 from ..selection import Selection
 from ..structure import layer_matrices
@@ -100,9 +100,7 @@ class SHiRA(EntryMethod):
         return scores.magnitude(weight)
 
     def _problems(self) -> list[str]:
-        problems = super()._problems()
-        if self.mask not in typing.get_args(Mask):
-            problems.append(f"mask={self.mask!r}: known are {', '.join(typing.get_args(Mask))}")
-        elif self.seed != 0 and self.mask != "random":
+        problems = super()._problems() + fields.choice("mask", self.mask, Mask)
+        if not problems and self.seed != 0 and self.mask != "random":
             problems.append(f"seed={self.seed} has no effect with mask={self.mask!r}; drop it")
         return problems

@@ -21,9 +21,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ..core.fingerprint import fingerprint
 from ..delta import Delta
 from ..selection import Slices
-from ..slots import fingerprint
 from ..structure import is_transposed
 
 __all__ = ["Adapter", "Change", "Layers", "from_delta", "one_hot"]

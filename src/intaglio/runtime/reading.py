@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from ..adapter.names import LORA_KEY, lora_scale
 from ..adapter_folder import PEFT_TYPE, WEIGHTS, read_config
 from ..delta import Delta
 from ..hf.from_lora import beyond
@@ -19,7 +19,6 @@ from .changes import Adapter, Change, Layers, check_values, from_delta, one_hot
 __all__ = ["read_adapter"]
 
 _PLAIN = re.compile(r"[\w.]+")
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<letter>[AB])\.weight")
 
 
 def read_adapter(path: Path, layers: Layers) -> tuple[Adapter, str, str | None]:
@@ -55,7 +54,7 @@ def _lora(path: Path, config: dict[str, Any], layers: Layers) -> Adapter:
         raise ValueError(f"{path / WEIGHTS}: damaged or truncated, not safetensors ({error})") from error
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        found = _KEY.fullmatch(key)
+        found = LORA_KEY.fullmatch(key)
         if found is None:
             raise ValueError(f"{path / WEIGHTS}: holds {key!r}, which is no factor of a linear layer's LoRA")
         if not tensor.is_floating_point():
@@ -95,7 +94,7 @@ def _scale(path: str, rank: int, config: dict[str, Any]) -> float:
     patterns, alpha = config.get("alpha_pattern") or {}, config.get("lora_alpha")
     if not isinstance(patterns, dict) or not all(_PLAIN.fullmatch(key) for key in patterns):
         raise ValueError(f"{path}: alpha_pattern must map names of layers to numbers, without regular expressions")
-    alpha = next((value for key, value in patterns.items() if f".{path}".endswith(f".{key}")), alpha)
-    if not isinstance(alpha, int | float):
-        raise ValueError(f"{path}: damaged LoRA config, lora_alpha {alpha!r} is no number")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    wrong = [value for value in (alpha, *patterns.values()) if isinstance(value, bool) or not isinstance(value, int | float)]
+    if wrong:
+        raise ValueError(f"{path}: damaged LoRA config, lora_alpha {wrong[0]!r} is no number")
+    return lora_scale(config, path, rank)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import final
 
 from torch import nn
 
+from ..adapter.names import check_name
 from ..adapter_folder import CONFIG, WEIGHTS
 from .changes import Adapter, Layers
 from .reading import read_adapter
@@ -23,8 +23,6 @@ __all__ = [
     "DuplicateAdapter",
     "UnknownAdapter",
 ]
-
-_NAME = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 
 class AdapterError(ValueError):
@@ -210,8 +208,10 @@ class AdapterStore:
         return adapter
 
     def _reserve(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.strip("."):
-            raise AdapterError(f"adapter name {name!r}: use 1 to 128 letters, digits, '-', '_', '.' and ':'")
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
         with self._changed:
             if name in self._entries or name in self._coming:
                 raise DuplicateAdapter(f"{name}: an adapter of this name is loaded; unload it first, or choose another name")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, response
 
-__all__ = ["Admission", "Gate", "Keys", "Limits", "check_name", "confined"]
+__all__ = ["Admission", "Gate", "Keys", "Limits", "confined"]
 
 _BODY_SECONDS = 30  # between two parts of a body
 _DISCARDED = 16 << 20  # most bytes of a refused body that are read
-_NAME = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 
 @dataclass(frozen=True)
@@ -174,17 +172,6 @@ async def _discard(receive: Receive) -> None:
         while more and left > 0:
             message = await _part(receive)
             left, more = left - len(message.get("body", b"")), message.get("more_body", False)
-
-
-def check_name(name: str) -> str:
-    """An adapter's name as the store takes it, which is no part of a path.
-
-    Raises:
-        ValueError: for any other.
-    """
-    if not _NAME.fullmatch(name) or not name.strip("."):
-        raise ValueError(f"adapter name {name!r}: use 1 to 128 letters, digits, '-', '_', '.' and ':'")
-    return name
 
 
 def confined(root: Path, path: str) -> Path:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from .limits import Keys, Limits, check_name
+from ..adapter.names import check_name
+from .limits import Keys, Limits
 
 if TYPE_CHECKING:
     from .service import Service
