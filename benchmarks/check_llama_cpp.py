@@ -77,8 +77,8 @@ def _cases(folder: Path, model: Any, prompts: list[list[int]]) -> Iterator[tuple
     import torch
 
     from intaglio import S2FT
-    from intaglio.hf import gguf_lora
-    from intaglio.hf.equivalence import applied
+    from intaglio.export import gguf as gguf_lora
+    from intaglio.export.proof import applied
 
     base = _logs(model, prompts)
     yield "none", {"file": None, "logs": base, "effect": 0.0, "wrong": False}
@@ -117,8 +117,8 @@ def _write_in_base_order(module: Any, delta: Any, model: Any, path: Path) -> Non
     """What a writer that knows nothing of rotary rows would write."""
     import torch
 
-    from intaglio.hf.lora import factors
-    from intaglio.hf.stock import differences
+    from intaglio.export.lora import factors
+    from intaglio.export.peft_folder import differences
 
     changes, architecture = differences(delta, model), module.ARCHITECTURES["llama"]
     paths = {name.removesuffix(".weight") for name in changes}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from intaglio import Batches, attach
-from intaglio.layer_method import LayerMethod
+from intaglio.method_kinds.layer_method import LayerMethod
 
 LAYERS, PLANTED = 8, 2  # a quarter, as many as train at a time by default
 VOCABULARY, LENGTH, ROWS, RANK = 64, 16, 16, 4

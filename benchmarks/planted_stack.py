@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.layer_method import LayerMethod
+from intaglio.method_kinds.layer_method import LayerMethod
 
 LAYERS, TOP = 32, 8
 

@@ -11,8 +11,8 @@ from contestants import ALL_LINEAR, Step, s2ft_method
 from torch import nn
 
 from intaglio import IST, LISA, RST, Batches, attach
-from intaglio.rotation import Rotation
-from intaglio.tuner import Tuner
+from intaglio.training.rotation import Rotation
+from intaglio.training.tuner import Tuner
 
 DROPOUT = 0.05
 CHECKPOINTED = " ckpt"  # ends the name of a contestant that recomputes

@@ -25,8 +25,8 @@ from server_process import Server
 
 from intaglio import Delta
 from intaglio.core.fingerprint import fingerprint
+from intaglio.core.selection import Selection, Slices
 from intaglio.hf.models import load_model
-from intaglio.selection import Selection, Slices
 
 BASE, KEY = "smollm2-135m", "benchmark"
 CHANNELS, HEAD = 48, 64

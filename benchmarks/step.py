@@ -38,7 +38,7 @@ GRIDS = {
 
 def start(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
     """The contestant's counts, and its turns; two steps are made."""
-    from intaglio.hf.meter import peak_memory
+    from intaglio.runs.meter import peak_memory
 
     model, batch = build(task)
     step = CONTESTANTS[task["contestant"]][1](model, task["rank"])

@@ -32,7 +32,7 @@ from turns import device
 
 from intaglio import AdapterPool, Delta
 from intaglio.core.fingerprint import fingerprint
-from intaglio.selection import Elements, Entries, Selection, Slices
+from intaglio.core.selection import Elements, Entries, Selection, Slices
 
 THREADS = 2
 BLOCK = 64  # rows of a weight that are widened to fp32 at a time

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from intaglio import Delta
 from intaglio.core.fingerprint import fingerprint
+from intaglio.core.selection import Selection, Slices
 from intaglio.hf.models import load_model, load_tokenizer
-from intaglio.selection import Selection, Slices
 
 TOPICS = [
     "rivers", "bees", "winter", "trains", "bread", "whales", "clocks", "gravity", "islands", "paper", "music", "deserts",

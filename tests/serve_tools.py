@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from intaglio import Delta
 from intaglio.core.fingerprint import fingerprint
-from intaglio.hf.equivalence import applied
+from intaglio.core.selection import Selection, Slices
+from intaglio.export.proof import applied
 from intaglio.runtime.engine import Engine
 from intaglio.runtime.store import AdapterStore
-from intaglio.selection import Selection, Slices
 from intaglio.serve.app import create_app
 from intaglio.serve.limits import Limits
 from intaglio.serve.service import Service

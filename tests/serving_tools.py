@@ -7,9 +7,9 @@ import torch
 import tiny
 from intaglio import Delta, Selection
 from intaglio.core.fingerprint import fingerprint
+from intaglio.core.selection import Slices
 from intaglio.runtime.changes import Layers
 from intaglio.runtime.sampling import Sampling
-from intaglio.selection import Slices
 
 
 def draw(model, seed, *, layers=None, dims=(0, 1), strength=0.3):

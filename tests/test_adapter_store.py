@@ -14,10 +14,10 @@ import serving_tools as tools
 import tiny
 from intaglio import Delta, Selection
 from intaglio.core.fingerprint import fingerprint
-from intaglio.hf.lora import to_lora
+from intaglio.core.selection import Elements, Whole
+from intaglio.export.lora import to_lora
 from intaglio.runtime.mixing import Mixer
 from intaglio.runtime.store import AdapterError, AdapterInUse, AdapterStore, DuplicateAdapter, UnknownAdapter
-from intaglio.selection import Elements, Whole
 
 NAME = "gqa_llama"
 

@@ -9,12 +9,12 @@ import transformers as tf
 
 import tiny
 from intaglio import Batches, BitFit, FishMask, PaFi, Random, Selection, SHiRA, attach
-from intaglio.budget import largest_remainder
-from intaglio.calibration import gradient_means
-from intaglio.method import matching
-from intaglio.scores import fisher
-from intaglio.selection import Whole
-from intaglio.structure import layer_matrices
+from intaglio.core.budget import largest_remainder
+from intaglio.core.scores import fisher
+from intaglio.core.selection import Whole
+from intaglio.method_kinds.method import matching
+from intaglio.model.calibration import gradient_means
+from intaglio.model.structure import layer_matrices
 
 SIX = ["gqa_llama", "tied_llama", "fused_phi3", "transposed_gpt2", "qwen2_moe", "deberta"]
 MASKS = ("random", "magnitude", "gradient", "snip")

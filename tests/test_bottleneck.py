@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 import tiny
 from intaglio import IST, Batches, attach
 from intaglio.hf import BottleneckConfig
-from intaglio.hf.bottleneck_layer import ACTIVATIONS, BottleneckLayer
+from intaglio.peft_tuners.bottleneck_layer import ACTIVATIONS, BottleneckLayer
 from peft_tools import logits, refuses, same, train
 
 PLACEMENTS = ("series", "parallel")

@@ -7,8 +7,8 @@ import torch
 
 import tiny
 from intaglio import S2FT, Batches, Selection, attach
-from intaglio.calibration import STRUCTURES, activation_norms, gradient_norms, weight_norms
-from intaglio.structure import describe
+from intaglio.model.calibration import STRUCTURES, activation_norms, gradient_norms, weight_norms
+from intaglio.model.structure import describe
 
 ON_DATA = ("activation", "product", "gradient")
 STRATEGIES = ("weight", *ON_DATA)

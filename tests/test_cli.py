@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from intaglio import Delta
-from intaglio.adapter_folder import WEIGHTS
+from intaglio.adapter.folder import WEIGHTS
 
 RUN = """
 model: {{name: "{model}"}}

@@ -1,6 +1,6 @@
 import pytest
 
-from intaglio.config import load_config
+from intaglio.runs.config import load_config
 
 GOOD = {"method": {"name": "s2ft"}, "data": {"task": "reasoning_gym/chain_sum"}}
 

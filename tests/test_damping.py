@@ -11,8 +11,8 @@ from torch import nn
 
 import tiny
 from intaglio import ID3, IST, S2FT, Batches, BitFit, Full, Updates, attach
-from intaglio.adapters import adapters_of, damped
-from intaglio.probe import chunks
+from intaglio.core.probe import chunks
+from intaglio.model.peft_layers import adapters_of, damped
 from layer_tools import NAME, adapted, attached, lora, run, shake, stack, update
 
 TARGETS = ["q_proj", "down_proj"]

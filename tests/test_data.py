@@ -3,8 +3,8 @@ import json
 import datasets
 import pytest
 
-from intaglio.config import DataBlock
-from intaglio.data import load_examples
+from intaglio.runs.config import DataBlock
+from intaglio.runs.data import load_examples
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 

@@ -12,10 +12,10 @@ import torch
 
 import tiny
 from intaglio import S2FT, Delta, Random, attach
-from intaglio.adapter_folder import CONFIG, WEIGHTS
+from intaglio.adapter.delta import Delta as DeltaClass
+from intaglio.adapter.folder import CONFIG, WEIGHTS
 from intaglio.core.fingerprint import fingerprint
-from intaglio.delta import Delta as DeltaClass
-from intaglio.selection import Elements, Selection, Slices, Whole
+from intaglio.core.selection import Elements, Selection, Slices, Whole
 
 METHODS = [S2FT(o=0.5, down=0.25), Random(budget=0.05)]
 

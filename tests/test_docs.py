@@ -14,9 +14,9 @@ import typer
 from pydantic import BaseModel
 
 import tiny
-from intaglio import config as run_config
 from intaglio.cli import app
 from intaglio.methods import METHODS
+from intaglio.runs import config as run_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

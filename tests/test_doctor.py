@@ -15,13 +15,13 @@ import tiny
 from export_tools import handmade, rewrite
 from intaglio import Random
 from intaglio.cli import app
+from intaglio.core.selection import Selection, Slices
 from intaglio.doctor.engines import ENGINES, FEATURES
 from intaglio.doctor.examine import examine, slot_bytes
 from intaglio.doctor.running import parse
-from intaglio.hf.gguf_lora import to_gguf
-from intaglio.hf.lora import RANKS, to_lora
+from intaglio.export.gguf import to_gguf
+from intaglio.export.lora import RANKS, to_lora
 from intaglio.hf.models import Outline, outline
-from intaglio.selection import Selection, Slices
 
 PARTS = {"down": ("mlp.down_proj", 1), "o": ("self_attn.o_proj", 1), "v": ("self_attn.v_proj", 0), "up": ("mlp.up_proj", 0)}
 

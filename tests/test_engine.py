@@ -14,7 +14,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 import serving_tools as tools
 import tiny
-from intaglio.hf.lora import to_lora
+from intaglio.export.lora import to_lora
 from intaglio.runtime import batching
 from intaglio.runtime.engine import Engine, Event, Sampling
 from intaglio.runtime.sampling import Sampler

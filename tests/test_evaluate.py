@@ -3,9 +3,9 @@ import torch
 import transformers as tf
 
 import tiny
-from intaglio.config import EvaluateBlock
-from intaglio.evaluate import evaluate, generate_answers
-from intaglio.evaluate.score import is_lenient_match, wilson
+from intaglio.runs.answers import evaluate, is_lenient_match, wilson
+from intaglio.runs.config import EvaluateBlock
+from intaglio.runs.generate import generate_answers
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_lenient(answer, output, found):
 
 
 def test_extract_takes_the_last_match(model_and_tokenizer):
-    from intaglio.evaluate.score import _extract
+    from intaglio.runs.answers import _extract
 
     assert _extract(r"-?\d+", "1 then 22 then 3") == "3"
     assert _extract(r"#### (\S+)", "x #### 42") == "42"
@@ -103,8 +103,8 @@ def test_extract_reads_the_reference_too(model_and_tokenizer):
 
 @pytest.mark.parametrize("hits", [0, 1, 199, 200])
 def test_every_score_can_be_drawn(hits, tmp_path):
-    from intaglio.evaluate import Score
     from intaglio.report.plots import plot_accuracy
+    from intaglio.runs.answers import Score
 
     low, high = wilson(hits, 200)
     score = Score(total=200, correct=hits, exact=hits, lenient=hits, low=low, high=high).to_dict()

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 import tiny
 from intaglio import S2FT, Delta, Full, Random, attach
 from intaglio.cli import app
-from intaglio.config import load_config
 from intaglio.core.fingerprint import fingerprint
-from intaglio.hf.equivalence import InexactExport, answer, compare, prompts
-from intaglio.hf.lora import RANKS, lora_rank, to_lora
-from intaglio.hf.merge import to_merged
-from intaglio.hf.staging import MARKER, staged
-from intaglio.hf.supertuning import to_supertuning
-from intaglio.selection import Elements, Selection, Slices
+from intaglio.core.selection import Elements, Selection, Slices
+from intaglio.export.lora import RANKS, lora_rank, to_lora
+from intaglio.export.merged import to_merged
+from intaglio.export.proof import InexactExport, answer, compare, prompts
+from intaglio.export.staging import MARKER, staged
+from intaglio.export.supertuning import to_supertuning
+from intaglio.runs.config import load_config
 
 COLUMNS = S2FT(o=0.5, down=0.25)
 ROWS = S2FT(v=0.5, o=None, up=0.25, down=None)

@@ -13,14 +13,14 @@ import tiny
 from export_tools import BF16, FP32, config_of, handmade, rewrite, same_delta, tuned
 from intaglio import S2FT, BitFit, Delta, Full, Random
 from intaglio.cli import app
-from intaglio.exporting import export
-from intaglio.hf.approximation import REPORT, to_approximate_lora
-from intaglio.hf.equivalence import InexactExport
-from intaglio.hf.from_lora import read_lora, to_delta
-from intaglio.hf.lora import to_lora
-from intaglio.hf.staging import MARKER
-from intaglio.hf.stock import EXACT
-from intaglio.selection import Selection, Slices
+from intaglio.core.selection import Selection, Slices
+from intaglio.export.approximate_lora import REPORT, to_approximate_lora
+from intaglio.export.from_lora import read_lora, to_delta
+from intaglio.export.lora import to_lora
+from intaglio.export.peft_folder import EXACT
+from intaglio.export.proof import InexactExport
+from intaglio.export.staging import MARKER
+from intaglio.runs.export import export
 
 BOTH = S2FT(q=0.25, v=0.5, o=0.5, up=0.25, down=0.25)
 SCATTERED = Random(budget=0.05, include=("*proj.weight",))

@@ -6,9 +6,9 @@ from torch import nn
 
 import tiny
 from intaglio import S2FT, Delta, Random, attach, fuse
-from intaglio.adapter_folder import read_config
+from intaglio.adapter.folder import read_config
 from intaglio.core.fingerprint import fingerprint
-from intaglio.selection import Elements, Selection, Slices, Whole
+from intaglio.core.selection import Elements, Selection, Slices, Whole
 
 SHAPE = (5, 8)
 KINDS = {

@@ -12,10 +12,10 @@ import tiny
 from export_tools import BF16, FP32, handmade, tuned
 from intaglio import S2FT, Random
 from intaglio.cli import app
-from intaglio.hf import gguf_lora
-from intaglio.hf.equivalence import InexactExport
-from intaglio.hf.gguf_lora import FILE, read_gguf, to_gguf
-from intaglio.selection import Selection, Slices
+from intaglio.core.selection import Selection, Slices
+from intaglio.export import gguf as gguf_lora
+from intaglio.export.gguf import FILE, read_gguf, to_gguf
+from intaglio.export.proof import InexactExport
 
 ALL = S2FT(q=0.5, k=0.5, v=0.5, o=0.5, up=0.25, gate=0.25, down=0.25)
 KINDS = {"gqa_llama": "llama", "mistral": "llama", "qkv_bias_qwen2": "qwen2", "head_dim_qwen3": "qwen3"}

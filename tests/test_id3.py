@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from intaglio import ID3, SNIP, Selection, StaticGradient, attach
+from intaglio.core.selection import Whole
 from intaglio.methods import build
-from intaglio.selection import Whole
 from unmasking_tools import Leaves, adamw, both, chosen, gradients, leaves, loss, normal, offsets, stable_top, weights
 
 PAIRS = [(1000, 100), (1000, 300), (320, 300), (200, 300), (1, 300), (7, 3)]

@@ -7,10 +7,10 @@ import torch
 
 import tiny
 from intaglio import ID3, PaFi, Updates, attach
-from intaglio.budget import top_k
-from intaglio.insight import FILE, Insight, read
-from intaglio.inspection import inspect
-from intaglio.scores import gradient
+from intaglio.core.budget import top_k
+from intaglio.core.scores import gradient
+from intaglio.runs.inspect import inspect
+from intaglio.training.unmasking_record import FILE, Insight, read
 
 NAME = "tied_llama"
 

@@ -13,9 +13,9 @@ import tiny
 from intaglio import S2FT, Delta, Full, Random, attach
 from intaglio.cli import app
 from intaglio.core.fingerprint import fingerprint
-from intaglio.inspection import grid, inspect
+from intaglio.core.selection import Elements, Selection, Slices, Whole
 from intaglio.report.heatmap import density_panel, position_panel
-from intaglio.selection import Elements, Selection, Slices, Whole
+from intaglio.runs.inspect import grid, inspect
 
 EVERY = S2FT(q=0.25, k=0.5, v=0.5, o=0.25, up=0.25, gate=0.25, down=0.25)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from intaglio import IST, LISA, RST, S2FT, Full
-from intaglio.layer_method import draw
+from intaglio.method_kinds.layer_method import draw
 from intaglio.methods import build
 
 FAITHFUL = {"law": "multinomial", "reward": "faithful", "floor": 0.0}

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import tiny
 from intaglio import IST, RST
 from intaglio.cli import app
-from intaglio.hf.layers import layers_to_transform, losses, prune, rank_pattern
-from intaglio.layer_record import FILE, ranking, read, save
+from intaglio.export.pruned import layers_to_transform, losses, prune, rank_pattern
+from intaglio.training.rotation_record import FILE, ranking, read, save
 from layer_tools import NAME, adapted, attached, lora, probe, run, shake, stack
 
 

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from intaglio import IST, LISA, RST, S2FT, Full
 from intaglio.cli import app
-from intaglio.inspection import inspect
-from intaglio.layer_record import FILE, ranking, read, rows, save, to_csv
 from intaglio.report.layers import plot_layers
+from intaglio.runs.inspect import inspect
+from intaglio.training.rotation_record import FILE, ranking, read, rows, save, to_csv
 from layer_tools import adapted, attached, run, stack
 
 METHODS = {

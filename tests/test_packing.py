@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intaglio import packing
-from intaglio.records import Record, stored_index
-from intaglio.selection import Elements, Slices
+from intaglio.adapter import packing
+from intaglio.adapter.record import Record, stored_index
+from intaglio.core.selection import Elements, Slices
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from intaglio import S2FT, attach
-from intaglio.selection import Selection, Slices
-from intaglio.slots import Slots
-from intaglio.structure import describe
+from intaglio.core.selection import Selection, Slices
+from intaglio.model.structure import describe
+from intaglio.training.slots import Slots
 
 KINDS = list(itertools.product(["linear", "conv1d"], [0, 1], [True, False]))
 

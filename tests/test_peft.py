@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 
 import tiny
 from intaglio import Delta
-from intaglio.adapter_folder import CONFIG
+from intaglio.adapter.folder import CONFIG
 from intaglio.hf import DeltaConfig, S2FTConfig
 from intaglio.methods import METHODS
 from peft_tools import BF16, FP32, RANDOM, S2FT, applied, delta_folder, logits, refuses, same, train, trained

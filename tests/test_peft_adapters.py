@@ -8,9 +8,9 @@ from peft import get_peft_model
 
 import tiny
 from intaglio import attach
+from intaglio.core.probe import Batches
 from intaglio.hf import DeltaConfig, S2FTConfig
 from intaglio.methods import build
-from intaglio.probe import Batches
 from peft_tools import BF16, FP32, RANDOM, S2FT, logits, refuses, same, train, trained
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 import tiny
 from intaglio import Delta, Selection
-from intaglio.adapter_folder import CONFIG, WEIGHTS
+from intaglio.adapter.folder import CONFIG, WEIGHTS
 from intaglio.core.fingerprint import fingerprint
+from intaglio.core.selection import Elements, Whole
 from intaglio.hf import DeltaConfig, S2FTConfig
-from intaglio.selection import Elements, Whole
 from peft_tools import RANDOM, S2FT, delta_folder, logits, refuses, trained
 
 

@@ -8,9 +8,9 @@ import transformers as tf
 
 import tiny
 from intaglio import S2FT, Batches, Delta, PaFi, attach
-from intaglio.permute import co_permute
-from intaglio.selection import Selection, Slices
-from intaglio.structure import describe
+from intaglio.core.selection import Selection, Slices
+from intaglio.model.permute import co_permute
+from intaglio.model.structure import describe
 
 ALL = S2FT(q=0.25, k=0.5, v=0.5, o=0.5, up=0.2, gate=None, down=0.3, seed=5)
 

@@ -10,8 +10,8 @@ import torch
 
 import tiny
 from intaglio import S2FT, AdapterPool, BitFit, Delta, Full, Random, attach, fuse
-from intaglio.permute import co_permute
-from intaglio.selection import Slices
+from intaglio.core.selection import Slices
+from intaglio.model.permute import co_permute
 
 NAME = "gqa_llama"
 METHODS = {

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from intaglio import ID3, IST, LISA, RST, S2FT, BitFit, Full, Updates, attach
-from intaglio.parts import bare_parts
-from intaglio.rotation import Rotation
+from intaglio.training.damping import bare_parts
+from intaglio.training.rotation import Rotation
 from layer_tools import NAME, adapted, attached, changed, layer_of, lora, probe, run, same, shake, stack, update, weights
 
 # what is trained in turn: method, and the model it is attached to

@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from intaglio import schedules, scores
+from intaglio.core import schedules, scores
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intaglio.budget import resolve_budget, top_k
-from intaglio.selection import Elements, Selection, Slices, Whole, check_index, within
+from intaglio.core.budget import resolve_budget, top_k
+from intaglio.core.selection import Elements, Selection, Slices, Whole, check_index, within
 
 
 def oracle(scores, k):

@@ -14,9 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 import serve_tools
-from intaglio.adapter_folder import read_config
+from intaglio.adapter.folder import read_config
 from intaglio.cli import app
-from intaglio.hf.lora import to_lora
+from intaglio.export.lora import to_lora
 from serve_tools import Twin, make_adapter
 
 

@@ -6,7 +6,7 @@ import transformers as tf
 from torch import nn
 
 import tiny
-from intaglio.stacks import stacks
+from intaglio.model.layers import stacks
 
 SMALL = tiny.LLAMA | {"num_hidden_layers": 3}
 PLAIN = {key: value for key, value in SMALL.items() if key != "intermediate_size"}

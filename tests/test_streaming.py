@@ -9,8 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import tiny
 from intaglio import ID3, SNIP, StaticGradient, attach
-from intaglio import scan as scanning
-from intaglio.budget import TopK
+from intaglio.core.budget import TopK
+from intaglio.training import candidates as scanning
 from unmasking_tools import (
     Leaves,
     adamw,
@@ -165,7 +165,7 @@ def test_top_k_of_parts_in_any_order(places, data):
 
 def test_offsets_are_wide_where_a_parameter_needs_it():
     """Row 5: 4 bytes per offset, 8 beyond 2^31 entries (on the meta device, which holds none)."""
-    from intaglio.growing import GrowingSlot
+    from intaglio.training.growing_slot import GrowingSlot
 
     narrow, wide = (GrowingSlot("w", nn.Parameter(torch.empty(n, device="meta"))) for n in (2**31 - 1, 2**31))
     assert (narrow.held.index.dtype, wide.held.index.dtype) == (torch.int32, torch.int64)

@@ -6,7 +6,7 @@ from torch import nn
 
 import tiny
 from intaglio import ID3, Delta, Updates, attach
-from intaglio.streaming_reference import DenseUnmasking
+from intaglio.training.unmasking_reference import DenseUnmasking
 from unmasking_tools import adamw, assert_equal_weights, chosen, gradients, leaves, loss, normal, weights
 
 

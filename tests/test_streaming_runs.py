@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from intaglio import ID3, Updates, attach
-from intaglio.selection import Elements, Selection
+from intaglio.core.selection import Elements, Selection
 from unmasking_tools import adamw, assert_equal_weights, both, chosen, gradients, leaves, loss, normal, offsets, weights
 
 NAN = float("nan")

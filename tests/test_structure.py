@@ -4,8 +4,8 @@ import transformers as tf
 from torch import nn
 
 import tiny
-from intaglio.families import ROLES
-from intaglio.structure import describe
+from intaglio.model.families import ROLES
+from intaglio.model.structure import describe
 
 
 def zero(model, projection, units):

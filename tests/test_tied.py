@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tiny
-from intaglio import ID3, SNIP, Updates, attach, scan, tied
+from intaglio import ID3, SNIP, Updates, attach
+from intaglio.training import candidates as scan
+from intaglio.training import tied_weights as tied
 from unmasking_tools import adamw, assert_equal_weights, both, chosen, loss, normal, offsets
 
 

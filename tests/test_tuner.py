@@ -8,9 +8,9 @@ import torch
 
 import tiny
 from intaglio import S2FT, Full, PaFi, Random, Selection, attach
+from intaglio.core.selection import Slices
 from intaglio.methods import build
-from intaglio.selection import Slices
-from intaglio.structure import describe
+from intaglio.model.structure import describe
 
 
 def run(model, parameters, optimizer, *, steps=20, mask=None):

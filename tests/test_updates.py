@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from intaglio import ID3, Selection, Updates, attach
-from intaglio.streaming_reference import DenseUnmasking
+from intaglio.training.unmasking_reference import DenseUnmasking
 from unmasking_tools import Leaves, adamw, assert_equal_weights, both, chosen, gradients, leaves, loss, normal, weights
 
 OPTIMIZERS = {

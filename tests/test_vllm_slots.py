@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from intaglio import S2FT, attach
-from intaglio.hf.lora import to_lora
+from intaglio.export.lora import to_lora
 from intaglio.vllm_plugin import cpu, reference
 from intaglio.vllm_plugin.plugin import TESTED, refusal, register
 from intaglio.vllm_plugin.slots import Pool, Slots, recognise

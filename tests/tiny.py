@@ -9,7 +9,7 @@ import transformers as tf
 from torch import nn
 
 from intaglio import Batches
-from intaglio.method import Method
+from intaglio.method_kinds.method import Method
 
 COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 LLAMA = COMMON | {

@@ -7,7 +7,7 @@ from torch import nn
 
 import tiny
 from intaglio import attach
-from intaglio.streaming_reference import DenseUnmasking
+from intaglio.training.unmasking_reference import DenseUnmasking
 
 
 class Leaves(nn.Module):

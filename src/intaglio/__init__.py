@@ -9,8 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .delta import Delta as Delta
-    from .fusing import fuse as fuse
+    from .adapter.delta import Delta as Delta
+    from .adapter.fuse import fuse as fuse
+    from .adapter.pool import AdapterPool as AdapterPool
+    from .core.probe import Batches as Batches
+    from .core.selection import Selection as Selection
     from .methods import ID3 as ID3
     from .methods import IST as IST
     from .methods import LISA as LISA
@@ -24,24 +27,21 @@ if TYPE_CHECKING:
     from .methods import Random as Random
     from .methods import SHiRA as SHiRA
     from .methods import StaticGradient as StaticGradient
-    from .pool import AdapterPool as AdapterPool
-    from .probe import Batches as Batches
-    from .selection import Selection as Selection
-    from .training import train as train
-    from .tuner import Tuner as Tuner
-    from .tuner import attach as attach
-    from .updates import Updates as Updates
+    from .runs.train import train as train
+    from .training.tuner import Tuner as Tuner
+    from .training.tuner import attach as attach
+    from .training.updates import Updates as Updates
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "attach": "tuner",
-    "Tuner": "tuner",
-    "Delta": "delta",
-    "fuse": "fusing",
-    "AdapterPool": "pool",
-    "Selection": "selection",
-    "Batches": "probe",
+    "attach": "training.tuner",
+    "Tuner": "training.tuner",
+    "Delta": "adapter.delta",
+    "fuse": "adapter.fuse",
+    "AdapterPool": "adapter.pool",
+    "Selection": "core.selection",
+    "Batches": "core.probe",
     "S2FT": "methods",
     "ID3": "methods",
     "IST": "methods",
@@ -55,8 +55,8 @@ _HOME = {
     "FishMask": "methods",
     "BitFit": "methods",
     "Full": "methods",
-    "Updates": "updates",
-    "train": "training",
+    "Updates": "training.updates",
+    "train": "runs.train",
 }
 __all__ = [
     "ID3",

@@ -56,7 +56,7 @@ def train(
     """
 
     def work() -> dict[str, Any]:
-        from .training import train as run
+        from .runs.train import train as run
 
         return run(run_file, overrides or (), resume=resume, overwrite=overwrite)
 
@@ -83,7 +83,7 @@ def evaluate(
     """
 
     def work() -> dict[str, Any]:
-        from .scoring import score
+        from .runs.score import score
 
         return score(run, overrides or (), adapter)
 
@@ -97,7 +97,7 @@ def verify(
     """Reload a run's adapter onto a fresh base and compare its logits with the trained model's, bit for bit."""
 
     def work() -> dict[str, Any]:
-        from .scoring import verify as check
+        from .runs.score import verify as check
 
         return check(run)
 
@@ -150,7 +150,7 @@ def export(
     """
 
     def work() -> dict[str, Any]:
-        from .exporting import export as run
+        from .runs.export import export as run
 
         options = {"dtype": dtype, "ragged": ragged, "fill_layers": fill_layers, "rank": rank, "text": text, "max_loss": max_loss}
         return run(adapter, to, output, base=base, overwrite=overwrite, **options)
@@ -180,7 +180,7 @@ def inspect(
     """
 
     def work() -> dict[str, Any]:
-        from .inspection import inspect as run
+        from .runs.inspect import inspect as run
 
         return run(adapter, other=other, output=output)
 
@@ -255,7 +255,7 @@ def prune(
     """
 
     def work() -> dict[str, Any]:
-        from .pruning import prune as run_prune
+        from .runs.prune import prune as run_prune
 
         return run_prune(run, layers, output, held_out=rows, overwrite=overwrite)
 

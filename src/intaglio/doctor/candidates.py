@@ -9,15 +9,15 @@ from typing import Any
 
 import safetensors
 
+from ..adapter.delta import Delta
+from ..adapter.folder import PEFT_TYPE, WEIGHTS, read_config
 from ..adapter.names import LORA_KEY, check_name
-from ..adapter_folder import PEFT_TYPE, WEIGHTS, read_config
 from ..core.files import read_mapping
-from ..delta import Delta
-from ..hf.from_lora import check_config
-from ..hf.gguf_lora import FILE, read_gguf
-from ..hf.staging import MARKER
-from ..run_folder import adapter_of
-from ..selection import Slices
+from ..core.selection import Slices
+from ..export.from_lora import check_config
+from ..export.gguf import FILE, read_gguf
+from ..export.staging import MARKER
+from ..runs.folder import adapter_of
 
 __all__ = ["Candidate", "Module", "projection", "read"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..hf.gguf_lora import ARCHITECTURES, FILE
-from ..hf.lora import RANKS
+from ..export.gguf import ARCHITECTURES, FILE
+from ..export.lora import RANKS
 from ..hf.models import Outline
 from .candidates import Candidate, projection
 from .engines import FEATURES, Engine

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..hf.lora import RANKS
+from ..export.lora import RANKS
 
 __all__ = ["ENGINES", "FEATURES", "Engine"]
 

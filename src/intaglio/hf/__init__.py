@@ -4,8 +4,8 @@ Importing this package teaches PEFT the type of our adapters: after `import inta
 folder)` reads every adapter folder. It also brings bottleneck adapters, a type of their own.
 """
 
-from .bottleneck import BottleneckConfig
+from ..peft_tuners.bottleneck import BottleneckConfig
+from ..peft_tuners.delta_model import DeltaConfig, S2FTConfig
 from .callback import ISTCallback
-from .peft import DeltaConfig, S2FTConfig
 
 __all__ = ["BottleneckConfig", "DeltaConfig", "ISTCallback", "S2FTConfig"]

@@ -11,12 +11,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils.generic import find_labels
 
-from ..adapters import is_peft
-from ..layer_method import LayerMethod
+from ..core.probe import Batches, Probe
+from ..method_kinds.layer_method import LayerMethod
 from ..methods import IST, build
-from ..parts import Part, bare_parts
-from ..probe import Batches, Probe
-from ..rotation import Rotation, keep_starts
+from ..model.peft_layers import is_peft
+from ..training.damping import Part, bare_parts
+from ..training.rotation import Rotation, keep_starts
 from .trainer import expect_unused_parameters, probe_rows
 
 __all__ = ["ISTCallback"]

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from .. import adapters
 from ..core.files import write_whole
-from ..probe import label_count
-from ..updates import refuse_kind
+from ..core.probe import label_count
+from ..model import peft_layers as adapters
+from ..training.updates import refuse_kind
 
 if TYPE_CHECKING:
-    from ..streaming import Unmasking
-    from ..tuner import Tuner
-    from ..updates import Updates
+    from ..training.tuner import Tuner
+    from ..training.unmasking import Unmasking
+    from ..training.updates import Updates
 
 __all__ = [
     "CheckpointedSFTTrainer",

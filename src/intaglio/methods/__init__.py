@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ..method import Method
+from ..method_kinds.method import Method
 from .bitfit import BitFit
 from .fishmask import FishMask
 from .full import Full

@@ -7,10 +7,10 @@ from typing import Literal, final
 
 from torch import nn
 
-from ..method import Method, State, matching
+from ..core.probe import Probe
+from ..core.selection import Selection, Whole
 from ..method_kinds import fields
-from ..probe import Probe
-from ..selection import Selection, Whole
+from ..method_kinds.method import Method, State, matching
 
 __all__ = ["BitFit"]
 

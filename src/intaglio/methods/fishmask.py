@@ -8,11 +8,11 @@ from typing import final
 
 from torch import Tensor, nn
 
-from .. import scores
-from ..calibration import gradient_means
-from ..method import EntryMethod
+from ..core import scores
+from ..core.probe import Probe
 from ..method_kinds import fields
-from ..probe import Probe
+from ..method_kinds.method import EntryMethod
+from ..model.calibration import gradient_means
 
 __all__ = ["FishMask"]
 

@@ -11,12 +11,12 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from .. import schedules, scores
-from ..budget import largest_remainder, resolve_budget
-from ..method import matching
+from ..core import schedules, scores
+from ..core.budget import largest_remainder, resolve_budget
+from ..core.schedules import SCHEDULES
 from ..method_kinds import fields
-from ..schedules import SCHEDULES
-from ..update_method import Pool, UpdateMethod
+from ..method_kinds.method import matching
+from ..method_kinds.update_method import Pool, UpdateMethod
 
 __all__ = ["ID3"]
 

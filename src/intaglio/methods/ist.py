@@ -11,8 +11,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from ..layer_method import Law, LayerMethod, count_of, draw
 from ..method_kinds import fields
+from ..method_kinds.layer_method import Law, LayerMethod, count_of, draw
 
 __all__ = ["IST"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-from ..layer_method import LayerMethod
-from ..method import Method
+from ..method_kinds.layer_method import LayerMethod
+from ..method_kinds.method import Method
 from .full import Full
 
 __all__ = ["LISA"]

@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
-from .. import scores
-from ..method import ScoredMethod
+from ..core import scores
+from ..method_kinds.method import ScoredMethod
 
 __all__ = ["PaFi"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from ..layer_method import LayerMethod
+from ..method_kinds.layer_method import LayerMethod
 
 __all__ = ["RST"]
 

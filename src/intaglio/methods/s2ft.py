@@ -10,16 +10,16 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from .. import calibration
-from ..budget import resolve_budget
-from ..calibration import STRUCTURES
-from ..families import ROLES
-from ..method import Method, State
+from ..core.budget import resolve_budget
+from ..core.probe import Probe
+from ..core.scores import stable_seed
+from ..core.selection import Entries, Selection, Slices
 from ..method_kinds import fields
-from ..probe import Probe
-from ..scores import stable_seed
-from ..selection import Entries, Selection, Slices
-from ..structure import Layer, describe, refuse_shared
+from ..method_kinds.method import Method, State
+from ..model import calibration
+from ..model.calibration import STRUCTURES
+from ..model.families import ROLES
+from ..model.structure import Layer, describe, refuse_shared
 
 __all__ = ["S2FT"]
 

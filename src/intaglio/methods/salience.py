@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
-from .. import scores
-from ..update_method import UpdateMethod
+from ..core import scores
+from ..method_kinds.update_method import UpdateMethod
 
 __all__ = ["SNIP", "StaticGradient"]
 

@@ -8,14 +8,14 @@ from typing import Literal, final
 
 from torch import Tensor, nn
 
-from .. import scores
-from ..budget import largest_remainder, resolve_budget, top_k
-from ..calibration import gradient_means
-from ..method import EntryMethod, matching
+from ..core import scores
+from ..core.budget import largest_remainder, resolve_budget, top_k
+from ..core.probe import Probe
+from ..core.selection import Selection
 from ..method_kinds import fields
-from ..probe import Probe
-from ..selection import Selection
-from ..structure import layer_matrices
+from ..method_kinds.method import EntryMethod, matching
+from ..model.calibration import gradient_means
+from ..model.structure import layer_matrices
 
 __all__ = ["SHiRA"]
 

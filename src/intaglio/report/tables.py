@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..peft_methods import PEFT_METHODS
+from ..runs.peft_methods import PEFT_METHODS
 
 __all__ = ["show"]
 

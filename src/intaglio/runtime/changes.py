@@ -21,10 +21,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ..adapter.delta import Delta
 from ..core.fingerprint import fingerprint
-from ..delta import Delta
-from ..selection import Slices
-from ..structure import is_transposed
+from ..core.selection import Slices
+from ..model.structure import is_transposed
 
 __all__ = ["Adapter", "Change", "Layers", "from_delta", "one_hot"]
 

@@ -10,10 +10,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from ..adapter.delta import Delta
+from ..adapter.folder import PEFT_TYPE, WEIGHTS, read_config
 from ..adapter.names import LORA_KEY, lora_scale
-from ..adapter_folder import PEFT_TYPE, WEIGHTS, read_config
-from ..delta import Delta
-from ..hf.from_lora import beyond
+from ..export.from_lora import beyond
 from .changes import Adapter, Change, Layers, check_values, from_delta, one_hot
 
 __all__ = ["read_adapter"]

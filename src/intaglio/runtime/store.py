@@ -10,8 +10,8 @@ from typing import final
 
 from torch import nn
 
+from ..adapter.folder import CONFIG, WEIGHTS
 from ..adapter.names import check_name
-from ..adapter_folder import CONFIG, WEIGHTS
 from .changes import Adapter, Layers
 from .reading import read_adapter
 

@@ -177,7 +177,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 def _start(options: Options) -> Service:
     """The base, its adapters and the engine, which runs."""
     from ..hf.models import load_model, load_tokenizer
-    from ..run_folder import adapter_of
+    from ..runs.folder import adapter_of
     from ..runtime.engine import Engine
     from ..runtime.store import AdapterStore
     from .service import Service

@@ -79,10 +79,10 @@ def run(
             "--engine vllm: vLLM is not installed here: pip install 'vllm>=0.32'. --dry-run prints the command for elsewhere; "
             "without --engine Intaglio serves by itself"
         )
-    from ..adapter_folder import PEFT_TYPE, read_config
+    from ..adapter.folder import PEFT_TYPE, read_config
     from ..doctor.examine import examine
     from ..hf.models import model_path
-    from ..run_folder import adapter_of
+    from ..runs.folder import adapter_of
 
     sources = {name: adapter_of(path)[0] for name, path in adapters.items()}
     found = examine([f"{name}={folder}" for name, folder in sources.items()], "vllm", base=base)["engines"]["vllm"]
@@ -110,8 +110,8 @@ def _export(base: str, sources: Mapping[str, Path], folders: Mapping[str, Path],
     """Write the LoRA folders, each checked against its adapter; the base is loaded once."""
     if not sources:
         return
-    from ..delta import Delta
-    from ..hf.lora import to_lora
+    from ..adapter.delta import Delta
+    from ..export.lora import to_lora
     from ..hf.models import load_model
 
     model = load_model(base, dtype=dtype)

@@ -1,0 +1,253 @@
+"""The adapter folder on disk: read with every check that needs no model, written so that no half of it is ever seen.
+
+    adapter_config.json         method, format version, and per parameter its kind, shape, counts and base fingerprint
+    adapter_model.safetensors   per parameter: its values, and its indices (see `stored_index`); see `key`
+    README.md                   model card
+
+Keys and config are those that PEFT and transformers expect of an adapter, so that one folder serves `Delta.load`,
+`PeftModel.from_pretrained` and `model.load_adapter`. Nothing in it is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..core.files import folder_beside, publish, read_mapping
+from ..core.selection import Entries, Selection
+from .names import PREFIX
+from .record import Record, stored_index
+
+__all__ = ["CONFIG", "FORMAT_VERSION", "PEFT_TYPE", "WEIGHTS", "Contents", "key", "read", "read_config", "tensors", "write"]
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+PEFT_TYPE = "INTAGLIO"
+FORMAT_VERSION = 3
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds; the fields are those of `Delta`."""
+
+    selection: Selection
+    values: Mapping[str, Tensor]
+    fingerprints: Mapping[str, str]
+    method: Mapping[str, Any]
+    base: str | None
+    of: int | None = None
+
+
+def key(parameter: str, kind: str) -> str:
+    """Key of a parameter's "values" or "indices" in the weights file, as PEFT writes a wrapped module's tensors.
+
+    >>> key("model.norm.weight", "values")
+    'base_model.model.model.norm.intaglio_values.weight'
+    """
+    module, _, name = parameter.rpartition(".")
+    return PREFIX + ".".join(filter(None, (module, f"intaglio_{kind}", name)))
+
+
+def write(contents: Contents, directory: str | os.PathLike[str]) -> Path:
+    """Write a folder.
+
+    A new folder appears by one rename. In an existing folder (a checkpoint) the files are replaced one by one, the
+    config last, which holds the hash of the weights: a crash in between is noticed, and other files stay.
+
+    Returns:
+        The folder.
+    """
+    target = Path(directory).resolve()
+    with folder_beside(target) as folder:
+        _write_files(contents, folder)
+        if (target / CARD).exists() and not (target / CONFIG).exists():
+            (folder / CARD).unlink()  # a README that stands beside no adapter is somebody else's
+        publish(folder, target, last=(CONFIG,))
+    return target
+
+
+def read(directory: str | os.PathLike[str]) -> Contents:
+    """Read a folder.
+
+    Raises:
+        ValueError: naming the file or parameter, for a missing, damaged, truncated or inconsistent folder.
+    """
+    folder = Path(directory)
+    config = _own_config(folder)
+    content = _bytes(folder / WEIGHTS)
+    with ThreadPoolExecutor(1) as pool:  # hashing takes as long as all the rest, and beside it
+        hashed = pool.submit(lambda: hashlib.sha256(content).hexdigest())
+        try:
+            contents = _parse(folder, config, content)
+        finally:  # where the hash is wrong, that is the better reason for whatever went wrong
+            _check_hash(folder / WEIGHTS, config["sha256"], hashed.result())
+    return contents
+
+
+def _parse(folder: Path, config: dict[str, Any], content: bytes) -> Contents:
+    raw = _tensors(folder / WEIGHTS, content)
+    selection, values, fingerprints = {}, {}, {}
+    for name, fields in config["parameters"].items():
+        record = Record.parse(name, fields)
+        selection[name] = _entries(name, record, raw)
+        values[name] = _values(name, record, raw)
+        fingerprints[name] = record.fingerprint
+    if raw:
+        hint = "" if not config.get("modules_to_save") else "; it trains whole modules too (modules_to_save): use PeftModel"
+        raise ValueError(f"{folder / WEIGHTS}: holds {next(iter(raw))!r}, which {CONFIG} does not name{hint}")
+    base, of = config["base_model_name_or_path"], config.get("of")
+    return Contents(Selection(selection), values, fingerprints, config["method"], base, of)
+
+
+def tensors(contents: Contents) -> dict[str, Tensor]:
+    """What the weights file holds, by key."""
+    found = {}
+    for name, entries in contents.selection.items():
+        found[key(name, "values")] = contents.values[name].detach().cpu().contiguous()
+        index = stored_index(entries)
+        if index is not None:
+            found[key(name, "indices")] = index.cpu()
+    return found
+
+
+def _write_files(contents: Contents, folder: Path) -> None:
+    raw = safetensors.torch.save(tensors(contents), {"format": "pt"})
+    config = _config(contents) | {"sha256": hashlib.sha256(raw).hexdigest()}
+    (folder / WEIGHTS).write_bytes(raw)
+    (folder / CARD).write_text(_card(contents), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _config(contents: Contents) -> dict[str, Any]:
+    from .. import __version__
+
+    return {
+        "peft_type": PEFT_TYPE,
+        "format_version": FORMAT_VERSION,
+        "intaglio_version": __version__,
+        "base_model_name_or_path": contents.base,
+        "method": contents.method,
+        "trainable": contents.selection.size,
+        "of": contents.of,
+        "parameters": {
+            name: Record.of(entries, contents.values[name].dtype, contents.fingerprints[name]).to_dict()
+            for name, entries in contents.selection.items()
+        },
+    }
+
+
+def _card(contents: Contents) -> str:
+    return _CARD.format(
+        base=contents.base or "BASE",
+        method=contents.method.get("name", "delta"),
+        fields=json.dumps(contents.method),
+        entries=f"{contents.selection.size:,}",
+        parameters=len(contents.selection),
+    )
+
+
+_CARD = """---
+library_name: intaglio
+base_model: {base}
+tags: [intaglio, sparse-fine-tuning, {method}]
+---
+
+# Sparse adapter for {base}
+
+{entries} tuned values in {parameters} parameters, method `{fields}`.
+
+```python
+from intaglio import Delta
+
+delta = Delta.load("this/folder")
+delta.apply_(model)   # the base named above becomes the tuned model
+delta.revert_(model)  # and back, bit for bit
+```
+
+Or with PEFT: `import intaglio.hf`, then `PeftModel.from_pretrained(base, "this/folder")`.
+"""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of an adapter folder of any type.
+
+    Raises:
+        ValueError: where there is none, or it is not a JSON mapping.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder}: not an adapter folder, it has no {CONFIG}")
+    return read_mapping(path)
+
+
+def _own_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder of ours, checked as far as it goes without the weights."""
+    path, config = folder / CONFIG, read_config(folder)
+    if config.get("peft_type") != PEFT_TYPE:
+        raise ValueError(f"{path}: not an Intaglio adapter (peft_type is not {PEFT_TYPE})")
+    if config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version")
+        raise ValueError(f"{path}: format version {found!r}; this release reads {FORMAT_VERSION}: use the release that wrote it")
+    missing = {"base_model_name_or_path", "method", "parameters", "sha256"} - config.keys()
+    if missing:
+        raise ValueError(f"{path}: damaged, without {', '.join(sorted(missing))}")
+    if not isinstance(config["parameters"], dict):
+        raise ValueError(f"{path}: damaged, its parameters are not a mapping")
+    # transformers writes the config before the weights, whose hash it cannot know then
+    hashed = config["sha256"] is None or isinstance(config["sha256"], str)
+    if not isinstance(config["method"], dict) or not hashed or not isinstance(config.get("of"), int | None):
+        raise ValueError(f"{path}: damaged, method, sha256 or of is of the wrong type")
+    return config
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    return path.read_bytes()
+
+
+def _check_hash(path: Path, expected: str | None, found: str) -> None:
+    if expected is not None and found != expected:
+        raise ValueError(f"{path}: damaged or truncated: SHA-256 {expected[:12]}… expected, {found[:12]}… found")
+
+
+def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: damaged or truncated, not safetensors ({error})") from error
+
+
+def _take(raw: dict[str, Tensor], name: str, kind: str) -> Tensor:
+    if key(name, kind) not in raw:
+        raise ValueError(f"{WEIGHTS}: has no {key(name, kind)!r}, which {CONFIG} names")
+    return raw.pop(key(name, kind))
+
+
+def _entries(name: str, record: Record, raw: dict[str, Tensor]) -> Entries:
+    """Rebuild and check one parameter's entries."""
+    index = None if record.indices is None else _take(raw, name, "indices")
+    try:
+        return record.entries(index)
+    except ValueError as error:
+        raise ValueError(f"{name}: damaged adapter: {error}") from error
+
+
+def _values(name: str, record: Record, raw: dict[str, Tensor]) -> Tensor:
+    """One parameter's values in the base's type; PEFT trains and saves them in fp32 at least."""
+    values = _take(raw, name, "values")
+    if values.dtype not in (record.dtype, torch.promote_types(record.dtype, torch.float32)):
+        raise ValueError(
+            f"{name}: damaged adapter: values must be floating-point of the base's type {record.dtype}, found {values.dtype}"
+        )
+    return values.to(record.dtype)

@@ -1,0 +1,1 @@
+"""Our types of adapters inside PEFT."""

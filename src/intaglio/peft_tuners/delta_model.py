@@ -1,0 +1,220 @@
+"""Sparse adapters as one PEFT type: training, loading any Delta folder, several adapters, exact merging.
+
+Importing this module registers the type with PEFT, by the three dictionaries through which PEFT looks types up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, final
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..adapter.record import Record
+from ..core.fingerprint import fingerprint
+from ..core.selection import Entries, Selection
+from ..training.slots import refuse_differing_ranks
+from . import targets as peft_places
+from .delta_config import TYPE, DeltaConfig, S2FTConfig
+from .delta_layer import DeltaLayer
+from .guards import check_module, check_parameter, check_tied, check_tokens, refuse_nested, refuse_quantized
+from .targets import owner, unwrapped
+
+__all__ = ["DeltaConfig", "DeltaModel", "S2FTConfig"]
+
+
+@dataclass
+class _Places:
+    """What one module holds of an adapter."""
+
+    records: dict[str, Record] = field(default_factory=dict)
+    entries: dict[str, Entries] = field(default_factory=dict)  # of a fresh adapter
+    tied: dict[str, str] = field(default_factory=dict)  # own name → full name of a parameter shared with another module
+
+
+@final
+class DeltaModel(BaseTuner):
+    """The tuner of the type INTAGLIO; made by `get_peft_model`, `PeftModel.from_pretrained` and transformers' adapters."""
+
+    prefix = "intaglio_"
+    tuner_layer_cls = DeltaLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # typed so by the base class
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported.
+
+        Raises:
+            ValueError: always, with what to do instead.
+        """
+        raise ValueError(
+            "add_weighted_adapter: sparse adapters hold values, not differences, and are not averaged; train disjoint ones "
+            "(exclude=) and activate them together: model.base_model.set_adapter([…])"
+        )
+
+    def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:  # type: ignore[override]
+        return peft_config
+
+    def _prepare_model(self, peft_config: DeltaConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Choose the places of a fresh adapter or take a saved one's, and check them all before anything changes."""
+        merged = {name for layer in _layers(model) for name in layer.merged_adapters}
+        if merged and not peft_config.is_fixed:
+            raise ValueError(
+                f"adapter {sorted(merged)[0]!r} is merged into the base; call unmerge_adapter() before adding another"
+            )
+        with unwrapped(model):
+            if not peft_config.is_fixed:
+                _choose(model, peft_config)
+            self._places = _plan(model, peft_config)
+        refuse_nested(model, self._places)
+
+    def _check_target_module_exists(self, peft_config: DeltaConfig, key: str) -> Any:  # type: ignore[override]
+        return key in self._places or peft_places.excluded(peft_config, key)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: DeltaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if "/" in adapter_name or "\\" in adapter_name:
+            raise ValueError(f"adapter name {adapter_name!r}: it becomes a folder's name; leave out slashes")
+        places = self._places[current_key]
+        layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target, current_key)
+        tied = {name: (self._layer(owner(full)), full.rpartition(".")[2]) for name, full in places.tied.items()}
+        entries = places.entries or self._entries_of_twin(peft_config, adapter_name, layer)
+        layer.update_layer(adapter_name, places.records, entries, tied, noise=not peft_config.init_weights)
+        if layer is not target:
+            layer._active_adapter = adapter_name
+            self._replace_module(parent, target_name, layer, target)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _entries_of_twin(self, config: DeltaConfig, adapter: str, layer: DeltaLayer) -> dict[str, Entries]:
+        """Places of a loaded adapter with the same config: trainers add such a copy as reference, and copy parameters only."""
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter]
+        for twin in twins if config.is_fixed else []:
+            if twin in layer.intaglio_records and layer.has_tensors(twin):
+                return {name: layer._entries(twin, name) for name in layer.intaglio_records[twin]}
+        return {}
+
+    def _layer(self, path: str) -> DeltaLayer:
+        layer = self.model.get_submodule(path)
+        assert isinstance(layer, DeltaLayer)  # named_parameters gives the owner before those that share
+        return layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in a module's place, or back: any module, not only those that own a `weight`."""
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        """Always allowed: values are swapped within the tensor that tied modules share, which PEFT warns about."""
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Values train in fp32; PEFT's `autocast_adapter_dtype=False` asks for the base's type."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in _layers(self.model):
+                layer.cast_values(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Tell every layer the adapter of each row of the batch, for the length of one forward or generate."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        modules = [m for m in self.modules() if isinstance(m, (DeltaLayer, AuxiliaryTrainingWrapper))]
+        hook = partial(_pass_names, names=list(names), beams=kwargs.get("num_beams") or 1)
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_names(_: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[str], beams: int) -> tuple[Any, Any]:
+    """Give a layer the names of its rows; beam search repeats each row, except in an encoder."""
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if beams > 1 and first is not None and first.dim() > 0 and len(first) == len(names) * beams:
+        names = [name for name in names for _ in range(beams)]
+    return args, kwargs | {"adapter_names": names}
+
+
+def _layers(model: nn.Module) -> list[DeltaLayer]:
+    return [module for module in model.modules() if isinstance(module, DeltaLayer)]
+
+
+def _choose(model: nn.Module, config: DeltaConfig) -> None:
+    """Choose a fresh adapter's places in the bare base and write them into the config.
+
+    A config that is used again on the same base keeps its choice, so that copies of an adapter share their places.
+
+    Raises:
+        ValueError: for a config that was used on another base, whose adapter it still describes.
+    """
+    refuse_quantized(model)
+    parameters = dict(model.named_parameters())
+    chosen = config.chosen or config.places(model)
+    refuse_differing_ranks(chosen)
+    described = _describe(parameters, chosen)
+    if config.chosen and described != config.parameters:
+        raise ValueError(
+            f"{type(config).__name__}: already describes an adapter of another base, with which it is saved; make a new config "
+            "for this model"
+        )
+    config.chosen, config.parameters, config.trainable = chosen, described, chosen.size
+    config.of = sum(parameter.numel() for parameter in parameters.values())
+
+
+def _describe(parameters: dict[str, nn.Parameter], selection: Selection) -> dict[str, dict[str, Any]] | None:
+    """The config's `parameters` for a selection; None where it does not fit the model."""
+    described = {}
+    for name, entries in selection.items():
+        parameter = parameters.get(name)
+        if parameter is None or tuple(parameter.shape) != entries.shape:
+            return None
+        base = entries.to(parameter.device).gather(parameter)
+        described[name] = Record.of(entries, parameter.dtype, fingerprint(base)).to_dict()
+    return described
+
+
+def _plan(model: nn.Module, config: DeltaConfig) -> dict[str, _Places]:
+    """Module → what it holds of the adapter, with the modules that share a chosen parameter."""
+    parameters, places = dict(model.named_parameters()), dict[str, _Places]()
+    primary = {id(parameter): name for name, parameter in parameters.items()}
+    chosen = config.chosen if not config.is_fixed else None
+    for name, record in config.records.items():
+        check_parameter(name, record, parameters.get(name), config.base_model_name_or_path)
+        check_module(model, name)
+        check_tokens(model, name, config.trainable_token_indices)
+        place = places.setdefault(owner(name), _Places())
+        place.records[name.rpartition(".")[2]] = record
+        if chosen is not None:
+            place.entries[name.rpartition(".")[2]] = chosen[name]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        full = primary[id(parameter)]
+        if full != name and full in config.records:
+            check_module(model, name)
+            check_tied(name, full, left_out=peft_places.excluded(config, owner(name)) is not False)
+            places.setdefault(owner(name), _Places()).tied[name.rpartition(".")[2]] = full
+    return places
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[TYPE] = DeltaConfig  # type: ignore[index]  # PEFT looks types up as strings
+PEFT_TYPE_TO_TUNER_MAPPING[TYPE] = DeltaModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[TYPE] = DeltaModel.prefix  # type: ignore[index]

@@ -1,0 +1,80 @@
+"""Take the unimportant layers out of a run's LoRA, and say what each costs on held-out rows."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..training import rotation_record as layer_record
+from .config import Config, load_config
+from .folder import read_run
+from .score import load
+
+__all__ = ["prune"]
+
+
+def prune(run: Path, layers: int, output: Path | None = None, *, held_out: int = 32, overwrite: bool = False) -> dict[str, Any]:
+    """Write an ordinary PEFT folder with the most important layers of a run's LoRA.
+
+    Args:
+        run: folder of a finished run whose LoRA was trained with the schedule `ist`.
+        layers: how many to keep.
+        output: the new folder; default `pruned-N` in the run's.
+        held_out: rows on which the loss is taken, with all layers, one fewer, … and one; 0: none, and no model is loaded.
+        overwrite: replace an earlier result in `output`; default False.
+
+    Returns:
+        What `hf.layers.prune` returns, with `rows`, the held-out rows used.
+
+    Raises:
+        ValueError: where `run` is no finished run, its layers were not trained in turn or without learning importance, its
+            adapter is no LoRA, or an argument is out of range; all before weights are loaded.
+
+    Example:
+        >>> prune(Path("runs/ist"), 8)["path"]
+        'runs/ist/pruned-8'
+    """
+    stored = read_run(run)
+    record = layer_record.read(run / layer_record.FILE)
+    if record is None:
+        raise ValueError(
+            f"{run}: has no {layer_record.FILE}, so that nothing is known about its layers; train with a schedule that learns "
+            "their importance (ist)"
+        )
+    if held_out < 0:
+        raise ValueError(f"rows={held_out}: give a number of held-out rows, or 0 for no loss")
+    target = run / f"pruned-{layers}" if output is None else output
+    from ..export import pruned as engine
+    from ..export.staging import check_target
+
+    adapter = run / "adapter"
+    engine.check_prunable(adapter, record, layers)
+    check_target(target, overwrite=overwrite)
+    config = load_config(stored["config"]) if held_out else None
+    rows = [] if config is None else _held_out(config)[:held_out]
+    if config is None or not rows:
+        return {"rows": 0, **engine.prune(adapter, record, layers, target, overwrite=overwrite)}
+    model, tokenizer = load(config, adapter)
+    probe = _probe(config, model, tokenizer, rows)
+    return {"rows": len(rows), **engine.prune(model, record, layers, target, probe=probe, overwrite=overwrite)}
+
+
+def _held_out(config: Config) -> list[dict[str, Any]]:
+    """Rows that the run has not trained on; none where it held out none."""
+    from .data import load_examples
+
+    wanted = config.evaluate is not None or str(config.train.get("eval_strategy", "no")) != "no"
+    return load_examples(config.data, hold_out=wanted).held_out
+
+
+def _probe(config: Config, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
+    """The rows as training would have fed them."""
+    from .config import sft_config
+    from ..hf.trainer import calibration_batches
+    from ..core.probe import Batches
+
+    with tempfile.TemporaryDirectory() as temporary:
+        arguments = sft_config(config.train, temporary)
+        arguments.chat_template_path = None  # it is in the tokenizer now
+        return Batches(calibration_batches(model.get_base_model(), rows, args=arguments, processing_class=tokenizer))

@@ -1,0 +1,323 @@
+"""One run, read top to bottom: check → load → attach → train → save → score → report.
+
+OUTPUT/
+  run.json            config, versions, trainable share, seconds per step, peak memory, loss log, scores
+  adapter/            the result: a Delta (or a PEFT folder, for PEFT's own methods)
+  check.safetensors   a few prompts and the tuned model's logits, for `intaglio verify`
+  answers.jsonl       every held-out answer, before and after
+  unmasking.json      where the budget went, update by update, for methods that choose while training
+  layers.json         importance, draws and visits, for layers that train in turn
+  loss.png accuracy.png
+  checkpoint-N/       while it runs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from .config import UPDATES, AttachBlock, Config, load_config, sft_config
+from .peft_methods import PEFT_METHODS, peft_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .data import Examples
+    from ..method_kinds.layer_method import LayerMethod
+    from ..core.selection import Selection
+
+__all__ = ["Run", "train"]
+
+UNMASKING = "unmasking.json"
+_OURS = ("run.json", "adapter", "check.safetensors", "answers.jsonl", "loss.png", "accuracy.png", UNMASKING, "unmasking.png")
+_OURS += ("layers.json", "layers.png", "layers.csv")
+
+
+def train(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train as a run file says and write everything into its output folder.
+
+    Args:
+        source: path of a run file, or its blocks as a mapping.
+        overrides: `block.key=value` strings on top.
+        resume: continue from the newest complete checkpoint in the output folder (from the start, if there is none).
+        overwrite: replace an earlier run in the output folder.
+
+    Returns:
+        What `run.json` holds.
+
+    Raises:
+        ValueError: for anything wrong with the run file, the data or the output folder, before weights are loaded
+            wherever that can be known.
+
+    Example:
+        >>> result = train("recipes/demo.yaml", ["train.max_steps=20"])
+        >>> result["trainable"]["entries"]
+        1385856
+    """
+    config = load_config(source, overrides)
+    output = _output_folder(config, source, resume=resume, overwrite=overwrite)
+    run = _setup(config, output)
+    checkpoint = _checkpoint(output) if resume else None
+    trainer = _make_trainer(run, checkpoint)  # attaches: the last thing that a mistake of the user can stop
+    if overwrite:
+        _remove_earlier(output)
+    before = _score(run, "before") if config.evaluate is not None and config.evaluate.before else None
+    training = _fit(run, trainer, checkpoint)
+    adapter = _save(run, trainer)
+    after = _score(run, "after") if config.evaluate is not None else None
+    result = _summary(run, training, adapter, before, after)
+    _report(output, result)
+    return result
+
+
+@dataclass
+class Run:
+    """What a run holds while it goes on."""
+
+    config: Config
+    output: Path
+    arguments: Any  # SFTConfig
+    examples: Examples
+    tokenizer: PreTrainedTokenizerBase
+    model: Any  # PreTrainedModel, or a PeftModel
+    exclude: Selection
+    tuner: Any = None  # Tuner, where the method is ours
+    insight: Any = None  # Insight, where the method chooses while training
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _setup(config: Config, output: Path) -> Run:
+    """Check everything that needs no weights, then load the model."""
+    from .data import check_tokenizer, load_examples
+    from ..hf.models import check_available, load_model, load_tokenizer
+
+    arguments = sft_config(config.train, str(output))
+    check_available(config.model.name, **config.model.kwargs())
+    _refuse_idle_settings(config)
+    exclude = _excluded(config)
+    wants_held_out = config.evaluate is not None or str(arguments.eval_strategy.value) != "no"
+    examples = load_examples(config.data, hold_out=wants_held_out)
+    if config.evaluate is not None and not examples.test:
+        raise ValueError("evaluate: there are no held-out rows with answers to score; drop the block or give data.test")
+    if str(arguments.eval_strategy.value) != "no" and not examples.held_out:
+        raise ValueError(f"train.eval_strategy={arguments.eval_strategy.value}: there are no held-out rows; give data.test")
+    tokenizer = load_tokenizer(config.model.name, chat_template=arguments.chat_template_path, **config.model.kwargs())
+    arguments.chat_template_path = None  # it is in the tokenizer now
+    check_tokenizer(tokenizer, examples)
+    model = load_model(config.model.name, device=arguments.device, **config.model.kwargs())
+    return Run(config, output, arguments, examples, tokenizer, model, exclude)
+
+
+def _refuse_idle_settings(config: Config) -> None:
+    """Refuse what the method as set would pass over in silence."""
+    name, is_peft, chosen = config.method["name"], config.method["name"] in PEFT_METHODS, config.build()
+    defaults = AttachBlock.model_validate({})
+    if is_peft and config.attach != defaults:
+        raise ValueError(f"attach: has no effect with method.name={name!r}; drop the block")
+    idle = [key for key in UPDATES if getattr(config.attach, key) != getattr(defaults, key)]
+    if idle and chosen is not None and chosen.chooser.phase != "update":
+        raise ValueError(f"attach.{idle[0]}: has no effect, method.name={name!r} chooses before training; drop it")
+    if "calibration" in config.data.model_fields_set and (chosen is None or not chosen.needs_probe):
+        raise ValueError(f"data.calibration: has no effect, method.name={name!r} as set looks at no data; drop it")
+
+
+def _excluded(config: Config) -> Selection:
+    """What other adapters train, which this run must leave alone."""
+    from ..adapter.delta import Delta
+    from .folder import adapter_of
+    from ..core.selection import Selection
+
+    excluded = Selection()
+    for folder in config.attach.exclude:
+        excluded = excluded.union(Delta.load(adapter_of(Path(folder))[0]).selection)
+    return excluded
+
+
+def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
+    """The trainer of a tuner, or of PEFT for its own methods."""
+    from tqdm.auto import tqdm
+
+    from ..adapter.delta import Delta
+    from ..hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches, probe_rows
+    from ..training.unmasking_record import Insight
+    from ..core.probe import Batches
+    from ..training.tuner import attach
+
+    common: dict[str, Any] = {"args": run.arguments, "processing_class": run.tokenizer, **run.examples.datasets()}
+    method, chosen, lora = dict(run.config.method), run.config.build(), run.config.attach.lora
+    if chosen is None:
+        trainer = CheckpointedSFTTrainer(run.model, peft_config=peft_config(method.pop("name"), method), **common)
+        run.model = trainer.model
+        return trainer
+    if method["name"] in PEFT_METHODS:
+        run.model = _with_adapter(run.model, method.pop("name"), method, run.arguments.seed)
+    elif lora is not None:
+        run.model = _with_adapter(run.model, "lora", lora, run.arguments.seed)
+    probe = selection = None
+    looks_first = chosen.chooser.phase == "start" and chosen.chooser.needs_probe
+    if looks_first and checkpoint is not None:
+        selection = Delta.load(checkpoint).selection  # looking at data again could tip a tie
+    learns = chosen.phase == "layer" and cast("LayerMethod", chosen).learns
+    if learns or (looks_first and checkpoint is None):
+        rows = run.examples.sample(run.config.data.calibration)
+        batches = calibration_batches(run.model, rows, probe_rows(run.arguments) if learns else None, **common)
+        probe = Batches(batches if learns else tqdm(batches, desc="calibrate", leave=False))
+    options = {"exclude": run.exclude, "permute": run.config.attach.permute, "selection": selection}
+    if chosen.chooser.phase == "update":
+        options["updates"] = run.config.attach.updates(run.arguments.gradient_accumulation_steps)
+    run.tuner = attach(run.model, chosen, probe=probe, **options)
+    if run.tuner.unmasking is not None:
+        run.insight = Insight(run.tuner)
+    return SparseTrainer(run.tuner, **common)
+
+
+def _with_adapter(model: Any, name: str, fields: dict[str, Any], seed: int) -> Any:
+    """The model with a PEFT adapter on it, the same for every run of a seed."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    return get_peft_model(model, peft_config(name, fields))
+
+
+def _checkpoint(output: Path) -> Path | None:
+    from ..hf.trainer import last_checkpoint
+
+    return last_checkpoint(output)
+
+
+def _fit(run: Run, trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
+    """Train; return time, memory and the loss log."""
+    from .meter import StepMeter
+
+    meter = StepMeter()
+    trainer.add_callback(meter)
+    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return {
+        "steps": trainer.state.global_step,
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "final_loss": outcome.training_loss,
+        **meter.figures(),
+        "history": trainer.state.log_history,
+    }
+
+
+def _save(run: Run, trainer: Any) -> Path:
+    """Write the adapter, and the logits that `verify` compares with."""
+    from ..training import rotation_record as layer_record
+    from .verify import save_check
+
+    adapter = run.output / "adapter"
+    if run.insight is not None:
+        run.insight.save(run.output / UNMASKING)
+    if run.tuner is not None and run.tuner.rotation is not None:
+        layer_record.save(run.tuner.rotation, run.output / layer_record.FILE)
+    if run.tuner is not None:
+        run.tuner.save(adapter)
+        run.tuner.detach()
+    else:
+        run.model.save_pretrained(str(adapter))
+    save_check(run.model, run.tokenizer, run.examples.held_out or run.examples.train, run.output / "check.safetensors")
+    return adapter
+
+
+def _score(run: Run, when: str) -> dict[str, Any]:
+    from .answers import evaluate
+
+    assert run.config.evaluate is not None
+    score, records = evaluate(
+        run.model, run.tokenizer, run.examples.test, run.config.evaluate, run.examples.verify, title=f"score {when}"
+    )
+    run.answers += [{"when": when} | record for record in records]
+    return score.to_dict()
+
+
+def _summary(
+    run: Run, training: dict[str, Any], adapter: Path, before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, Any]:
+    if run.answers:
+        lines = (json.dumps(record, default=str) for record in run.answers)
+        (run.output / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    added = ("lora_", "bottleneck_")
+    total = sum(p.numel() for n, p in run.model.named_parameters() if not any(prefix in n for prefix in added))
+    entries = run.tuner.selection.size if run.tuner is not None else _trainable(run.model)
+    return {
+        "output": str(run.output),
+        "config": run.config.model_dump(mode="json"),
+        "versions": _versions(),
+        "machine": {"processor": platform.machine(), "system": platform.system(), "device": str(run.model.device)},
+        "trainable": {"entries": entries, "of": total, "share": entries / total},
+        "adapter": {"path": str(adapter), "bytes": sum(f.stat().st_size for f in adapter.iterdir())},
+        "training": training,
+        "before": before,
+        "after": after,
+    }
+
+
+def _report(output: Path, result: dict[str, Any]) -> None:
+    from ..report.plots import plot_accuracy, plot_loss
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "run.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    plot_loss(result["training"]["history"], output / "loss.png")
+    if result["after"] is not None:
+        plot_accuracy(result["before"], result["after"], output / "accuracy.png")
+
+
+def _output_folder(config: Config, source: Any, *, resume: bool, overwrite: bool) -> Path:
+    """The output folder; an earlier run in it is refused, continued or, later, replaced: never mixed."""
+    if resume and overwrite:
+        raise ValueError("resume and overwrite contradict each other; give one of them")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("intaglio train runs in one process; in a loop of your own, attach works under data parallelism")
+    stem = Path(source).stem if isinstance(source, (str, Path)) else "run"
+    output = Path(config.train.get("output_dir") or Path("runs") / stem)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"train.output_dir={str(output)!r}: is a file; give a folder")
+    earlier = _earlier(output)
+    if earlier and not resume and not overwrite:
+        raise ValueError(
+            f"{output}: already holds a run ({earlier[0].name}); --resume continues it, --overwrite replaces it, or set "
+            "another train.output_dir"
+        )
+    return output
+
+
+def _earlier(output: Path) -> list[Path]:
+    """What an earlier run left in its folder."""
+    return [p for p in (*(output / name for name in _OURS), *output.glob("checkpoint-*")) if p.exists()]
+
+
+def _remove_earlier(output: Path) -> None:
+    for path in _earlier(output):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("intaglio", "torch", "transformers", "peft", "trl", "accelerate", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
