@@ -57,7 +57,7 @@ build/selective/.ready: $(READY)
 	touch $@
 
 selective-parity: build/selective/.ready
-	PYTHONPATH=build/selective $(BIN)/python -m pytest tests/test_selective_parity.py $(ARGS)
+	PYTHONPATH=build/selective $(BIN)/python -m pytest tests/training/test_selective_parity.py $(ARGS)
 
 # The vLLM plugin's GPU kernels in Triton's interpreter; Triton is large and nothing else needs it.
 build/triton/.ready: $(READY)
@@ -66,7 +66,7 @@ build/triton/.ready: $(READY)
 	touch $@
 
 kernels: build/triton/.ready
-	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/test_vllm_kernels.py $(ARGS)
+	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/vllm_plugin/test_vllm_kernels.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

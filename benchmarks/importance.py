@@ -25,13 +25,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import importance_report
 import planted_model
 import planted_stack
-import torch
-from turns import device
-
 from intaglio import IST, RST
+from turns import device
 
 AUTHORS = IST(law="multinomial", reward="faithful", floor=0.0)
 UNIFORM = IST(law="uniform", reward="faithful", floor=0.0)

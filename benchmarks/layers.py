@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from contestants import SHAPES, build
 from held import EAGER_MALLOC, forget_peak, held, peak, settle
+from intaglio import IST
 from rotators import DROPOUT, LABELS, PLAIN, RECOMPUTED, Running
 from step import GRIDS
-from torch.utils.flop_counter import FlopCounterMode
 from turns import child, device, measure
-
-from intaglio import IST
 
 INTERVAL = IST().interval
 KINDS = ("counts", "time")

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from turns import device
 
 from intaglio.runtime.changes import Adapter, Change
 from intaglio.runtime.mixing import Batch
+from turns import device
 
 RANK = 32
 # projection → inputs, outputs, channels of S2FT with as many parameters as LoRA of rank 32, and whether they are columns

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from planted_stack import inclusion
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from intaglio import Batches, attach
 from intaglio.method_kinds.layer_method import LayerMethod
+from planted_stack import inclusion
 
 LAYERS, PLANTED = 8, 2  # a quarter, as many as train at a time by default
 VOCABULARY, LENGTH, ROWS, RANK = 64, 16, 16, 4

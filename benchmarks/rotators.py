@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
-from contestants import ALL_LINEAR, Step, s2ft_method
 from torch import nn
 
+from contestants import ALL_LINEAR, Step, s2ft_method
 from intaglio import IST, LISA, RST, Batches, attach
 from intaglio.training.rotation import Rotation
 from intaglio.training.tuner import Tuner

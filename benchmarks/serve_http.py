@@ -21,12 +21,12 @@ from typing import Any
 
 import httpx
 import torch
-from server_process import Server
 
 from intaglio import Delta
 from intaglio.core.fingerprint import fingerprint
 from intaglio.core.selection import Selection, Slices
 from intaglio.hf.models import load_model
+from server_process import Server
 
 BASE, KEY = "smollm2-135m", "benchmark"
 CHANNELS, HEAD = 48, 64

@@ -6,7 +6,7 @@
 The server is `intaglio serve` on a tiny random model, with memory for half of its adapters. Each adapter changes the model so
 much that its answers are its own, and every answer is compared with what the adapter merged into the base says. Callers load
 and unload adapters, reuse their names for others, leave in the middle of an answer, and send bodies that must be refused
-(tests/traffic.py). All traffic stays on 127.0.0.1.
+(tests/support/traffic.py). All traffic stays on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from server_process import Server
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-import serve_tools  # noqa: E402 - found by the line above
-from traffic import Traffic, right_answers  # noqa: E402
+from support import serving  # noqa: E402 - found by the line above
+from support.traffic import Traffic, right_answers  # noqa: E402
 
 PROMPTS = ["Common beginning of every prompt, long enough for a shared page. " + end for end in ("One", "Two", "Three", "Four")]
 ADAPTERS, NAMES, CALLERS, KEY = 12, 16, 24, "soak"
@@ -48,8 +48,8 @@ def main() -> None:
 
 def soak(place: Path, requests: int, seed: int) -> dict:
     """Serve, send, and say what happened."""
-    twin = serve_tools.Twin(serve_tools.folder(place / "base"))
-    folders = {f"f{i}": serve_tools.make_adapter(twin.model, place / f"root/f{i}", i) for i in range(ADAPTERS)}
+    twin = serving.Twin(serving.folder(place / "base"))
+    folders = {f"f{i}": serving.make_adapter(twin.model, place / f"root/f{i}", i) for i in range(ADAPTERS)}
     shutil.copytree(folders["f0"], place / "root/damaged")
     (place / "root/damaged/adapter_model.safetensors").write_bytes(b"damaged")
     texts = right_answers(twin, folders, PROMPTS)

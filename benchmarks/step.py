@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from contestants import CONTESTANTS, SHAPES, build
 from turns import child, device, measure
 

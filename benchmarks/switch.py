@@ -28,11 +28,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from turns import device
 
 from intaglio import AdapterPool, Delta
 from intaglio.core.fingerprint import fingerprint
 from intaglio.core.selection import Elements, Entries, Selection, Slices
+from turns import device
 
 THREADS = 2
 BLOCK = 64  # rows of a weight that are widened to fp32 at a time

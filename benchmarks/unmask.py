@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from contestants import SHAPES, build, size, trainable
 from held import EAGER_MALLOC, forget_peak, held, peak, settle
 from step import GRIDS as STEP_GRIDS

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import batch, loss_on, pretrained
 from torch import nn
-from turns import device
 
 from intaglio import ID3, Updates, attach
+from quality import batch, loss_on, pretrained
+from turns import device
 
 PLAIN: dict[str, Any] = {"exponent": 1.0, "eps": 1.0}  # what a variant does not change
 UPDATES: dict[str, Any] = {"bias_correction": "global"}

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contestants import Step, shira, size, trainable
 from torch import nn
+
+from contestants import Step, shira, size, trainable
 
 LR = 1e-4
 EXPONENT, EPS = 1.0, 1.0  # of the score |g| / (|w| + eps)^exponent

@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-import tiny
 from intaglio import Delta
 from intaglio.adapter.folder import WEIGHTS
+from support import tiny
 
 RUN = """
 model: {{name: "{model}"}}

@@ -13,10 +13,10 @@ import torch
 import typer
 from pydantic import BaseModel
 
-import tiny
 from intaglio.cli import app
 from intaglio.methods import METHODS
 from intaglio.runs import config as run_config
+from support import tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

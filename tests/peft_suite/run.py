@@ -3,7 +3,7 @@
 FOLDER is an unpacked source distribution of the installed PEFT. Its tests are parametrised by module-level lists of rows;
 here each list is replaced by rows of ours, and only tests that such a row reaches are kept: the others name another method.
 What PEFT's tests then skip by themselves asks for a trained `bias`, for prompt learning, or for a config class they list by
-name (mixed batches of DeltaConfig; tests/test_peft_adapters.py has those), none of which our configs are.
+name (mixed batches of DeltaConfig; tests/peft_tuners/test_several_adapters.py has those), none of which our configs are.
 """
 
 import copy
@@ -20,8 +20,8 @@ import pytest
 import torch
 import transformers
 
-import tiny
 from intaglio.hf import DeltaConfig, S2FTConfig
+from support import tiny
 
 RANDOM, FULL, PAFI = {"name": "random", "budget": 0.3}, {"name": "full"}, {"name": "pafi", "budget": 0.3}
 
@@ -120,7 +120,7 @@ LEFT_OUT = {
     "test_from_pretrained_forward_compatible_load_from_peft_config[S2FTConfig": "another class",
     # averages adapters, which we refuse: they hold values, not differences
     "test_weighted_combination_of_adapters[": "refused",
-    # loads an adapter onto a base with other random weights: a wrong base, which we refuse (tests/test_peft.py)
+    # loads an adapter onto a base with other random weights: a wrong base, which we refuse (test_delta_model.py)
     "TestRequiresGrad::test_loading_model_requires_grad_set_correctly[": "wrong base",
     "TestRequiresGrad::test_loading_model_with_modules_to_save_requires_grad_set_correctly[": "wrong base",
     # merges two adapters that replace the same entries, which we refuse; TestMultipleActiveAdapters merges disjoint ones
