@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter.delta import Delta
 from ..adapter.folder import WEIGHTS
-from ..model.structure import is_transposed
+from ..model.structure import is_linear
 from .proof import answer, applied, compare, prompts
 from .staging import MARKER, staged
 
@@ -119,7 +119,7 @@ def linear_owners(delta: Delta, model: nn.Module, kind: str) -> dict[str, tuple[
         (path, module, own), *others = owners[id(parameters[name])]
         if others:
             problems.append(f"{name}: shared with {others[0][0]} (tied weights)")
-        elif own != "weight" or not (isinstance(module, nn.Linear) or is_transposed(module)):
+        elif own != "weight" or not is_linear(module):
             problems.append(f"{name}: not the weight of a linear layer but {own!r} of {type(module).__name__}")
         found[name] = path, module
     refuse(problems, kind, "use --to merged, which takes every adapter")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.files import folder_beside, publish
-from ..model.structure import is_transposed
+from ..model.structure import is_linear, is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def outline(name: str, **kwargs: Any) -> Outline:
     config = transformers.AutoConfig.from_pretrained(model_path(name), **_where(kwargs))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    found = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) or is_transposed(m)}
+    found = {path: m for path, m in model.named_modules() if is_linear(m)}
     linear = {}
     for path, module in found.items():
         shape = tuple(module.get_parameter("weight").shape)

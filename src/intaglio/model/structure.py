@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .families import FAMILIES, Family, Part
 
-__all__ = ["Layer", "Projection", "describe", "is_transposed", "layer_matrices", "refuse_shared"]
+__all__ = ["Layer", "Projection", "describe", "is_linear", "is_transposed", "layer_matrices", "refuse_shared"]
 
 _READS_UNITS = {"o", "down"}  # these consume heads or channels; the others produce them
 _FFN = {"up", "gate", "down"}
@@ -124,6 +124,11 @@ def layer_matrices(model: nn.Module) -> set[str]:
         for name, weight in module.named_parameters()
         if weight.dim() >= 2 and id(weight) not in tables
     }
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one product with a 2-D weight, stored either way."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:

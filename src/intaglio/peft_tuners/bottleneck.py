@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from ..method_kinds import fields
-from ..model.structure import describe, is_transposed
+from ..model.structure import describe, is_linear, is_transposed
 from .bottleneck_layer import ACTIVATIONS, NO_MERGE, BottleneckLayer
 from .delta_config import PeftTypeName, _help
 from .guards import check_called
@@ -161,10 +161,6 @@ class BottleneckModel(BaseTuner):
         yield
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed(module)
-
-
 def _sizes(model: nn.Module, path: str) -> tuple[int, int]:
     """What a module reads and puts out, in the last dimension.
 
@@ -179,7 +175,7 @@ def _sizes(model: nn.Module, path: str) -> tuple[int, int]:
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
-    if hidden is None or not any(_is_linear(child) for child in base.modules()):
+    if hidden is None or not any(is_linear(child) for child in base.modules()):
         raise ValueError(
             f"target_modules: {path} is a {type(base).__name__}; bottleneck adapters go on linear layers, and on modules that "
             "hold some (attention, MLP) where the model's config states hidden_size"
@@ -202,7 +198,7 @@ def _defaults(model: nn.Module, config: BottleneckConfig) -> list[str]:
             view.target_modules = [path.rpartition(".")[2]]
             if not check_target_module_exists(view, path):
                 continue
-            if not _is_linear(model.get_submodule(path)):
+            if not is_linear(model.get_submodule(path)):
                 raise ValueError(
                     f"target_modules: no default, {path} holds stacked weights; name modules, e.g. ['o_proj', 'mlp']"
                 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter.record import Record
 from ..core.selection import Entries, Selection
-from ..model.structure import is_transposed
+from ..model.structure import is_linear, is_transposed
 from .rows import split_rows
 from .tensors import call_with, check_base, fresh, replaced, vacant
 from .thin_product import add_slices
@@ -132,7 +132,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can take this layer: the weight of a linear layer, and nothing else."""
-        linear = isinstance(self.base_layer, nn.Linear) or is_transposed(self.base_layer)
+        linear = is_linear(self.base_layer)
         return linear and self.intaglio_records.get(adapter_name, {}).keys() <= {"weight"}
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -19,7 +19,7 @@ from ..core.scores import stable_seed
 from ..core.selection import Entries, Selection, Slices, Whole
 from ..methods.s2ft import S2FT
 from ..model.families import ROLES
-from ..model.structure import describe, is_transposed
+from ..model.structure import describe, is_linear, is_transposed
 
 if TYPE_CHECKING:
     from .delta_config import DeltaConfig
@@ -58,7 +58,7 @@ def matched(model: nn.Module, config: DeltaConfig) -> list[str]:
     if config.target_modules == "all-linear":
         get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
         head = get_head()
-        names = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+        names = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
         view.target_modules = sorted({name.rpartition(".")[2] for name in names})
         return [name for name in names if check_target_module_exists(view, name)]
     return [name for name, _ in model.named_modules() if name and check_target_module_exists(view, name)]
@@ -115,7 +115,7 @@ def targeted(model: nn.Module, config: DeltaConfig, method: S2FT, exclude: Selec
     """
     targets = matched(model, config)
     if not targets:
-        ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module)})
         raise ValueError(
             f"Target modules {config.target_modules} not found in the base model; its linear layers are called {', '.join(ends)}"
         )
@@ -179,13 +179,9 @@ def _roles(model: nn.Module, targets: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed(module)
-
-
 def _columns(path: str, module: nn.Module, method: S2FT, exclude: Selection) -> Mapping[str, Entries]:
     """A random share of a linear layer's input columns, at least one."""
-    if not _is_linear(module):
+    if not is_linear(module):
         raise ValueError(
             f"target_modules: {path} is a {type(module).__name__}; S2FT trains input columns of linear layers only. Other "
             'parameters: DeltaConfig(method={"name": "random", …})'

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..adapter.delta import Delta
 from ..core.fingerprint import fingerprint
 from ..core.selection import Slices
-from ..model.structure import is_transposed
+from ..model.structure import is_linear, is_transposed
 
 __all__ = ["Adapter", "Change", "Layers", "from_delta", "one_hot"]
 
@@ -115,9 +115,7 @@ class Layers:
         self.by_path = {
             path: module
             for path, module in model.named_modules()
-            if (isinstance(module, nn.Linear) or is_transposed(module))
-            and module is not head
-            and uses.get(id(module.weight)) == 1
+            if is_linear(module) and module is not head and uses.get(id(module.weight)) == 1
         }
 
     def of(self, parameter: str) -> tuple[str, nn.Module]:
