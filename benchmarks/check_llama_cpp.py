@@ -104,7 +104,7 @@ def _noise(model: Any, method: Any) -> Any:
     from intaglio import Delta, Selection
     from intaglio.core.fingerprint import fingerprint
 
-    chosen = method.choose({}, model, 0, None, Selection())[0]
+    chosen = method.choose(model, None, Selection())
     parameters, values, prints = dict(model.named_parameters()), {}, {}
     for name, entries in chosen.items():
         base = entries.gather(parameters[name])

@@ -74,7 +74,7 @@ class Running:
     ) -> None:
         way = WAYS[name.removesuffix(CHECKPOINTED)]
         method = way.method(model, rank)
-        if method is not None and method.phase == "layer":
+        if method is not None and method.chooser is not method:
             known = {field.name for field in fields(method)}
             method = replace(method, **{key: value for key, value in (changed or {}).items() if key in known})
         if name.endswith(CHECKPOINTED):

@@ -46,8 +46,8 @@ LABELS = {
 def draw(model: Any, size: str, seed: int) -> Any:
     """An adapter of a size, its columns changed by a third of a weight's spread."""
     from intaglio import Delta, Selection
+    from intaglio.core.entries import Slices
     from intaglio.core.fingerprint import fingerprint
-    from intaglio.core.selection import Slices
 
     generator = torch.Generator().manual_seed(seed)
     channels, heads = SIZES[size]

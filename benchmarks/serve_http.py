@@ -23,8 +23,9 @@ import httpx
 import torch
 
 from intaglio import Delta
+from intaglio.core.entries import Slices
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Selection, Slices
+from intaglio.core.selection import Selection
 from intaglio.hf.models import load_model
 from server_process import Server
 

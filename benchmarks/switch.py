@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from intaglio import AdapterPool, Delta
+from intaglio.core.entries import Elements, Entries, Slices
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Elements, Entries, Selection, Slices
+from intaglio.core.selection import Selection
 from turns import device
 
 THREADS = 2

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from intaglio import Delta
+from intaglio.core.entries import Slices
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Selection, Slices
+from intaglio.core.selection import Selection
 from intaglio.hf.models import load_model, load_tokenizer
 
 TOPICS = [

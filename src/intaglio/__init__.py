@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from .methods import SHiRA as SHiRA
     from .methods import StaticGradient as StaticGradient
     from .runs.train import train as train
+    from .training.attach import attach as attach
     from .training.tuner import Tuner as Tuner
-    from .training.tuner import attach as attach
     from .training.updates import Updates as Updates
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "attach": "training.tuner",
+    "attach": "training.attach",
     "Tuner": "training.tuner",
     "Delta": "adapter.delta",
     "fuse": "adapter.fuse",

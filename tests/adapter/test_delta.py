@@ -13,8 +13,9 @@ import torch
 from intaglio import S2FT, Delta, Random, attach
 from intaglio.adapter.delta import Delta as DeltaClass
 from intaglio.adapter.folder import CONFIG, WEIGHTS
+from intaglio.core.entries import Elements, Slices, Whole
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Elements, Selection, Slices, Whole
+from intaglio.core.selection import Selection
 from support import tiny
 
 METHODS = [S2FT(o=0.5, down=0.25), Random(budget=0.05)]

@@ -6,8 +6,9 @@ from torch import nn
 
 from intaglio import S2FT, Delta, Random, attach, fuse
 from intaglio.adapter.folder import read_config
+from intaglio.core.entries import Elements, Slices, Whole
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Elements, Selection, Slices, Whole
+from intaglio.core.selection import Selection
 from support import tiny
 
 SHAPE = (5, 8)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from intaglio.adapter import packing
 from intaglio.adapter.record import Record, stored_index
-from intaglio.core.selection import Elements, Slices
+from intaglio.core.entries import Elements, Slices
 
 
 @settings(max_examples=200, deadline=None)

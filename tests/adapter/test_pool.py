@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from intaglio import S2FT, AdapterPool, BitFit, Delta, Full, Random, attach, fuse
-from intaglio.core.selection import Slices
+from intaglio.core.entries import Slices
 from intaglio.model.permute import co_permute
 from support import tiny
 

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from intaglio.core.algebra import within
 from intaglio.core.budget import resolve_budget, top_k
-from intaglio.core.selection import Elements, Selection, Slices, Whole, check_index, within
+from intaglio.core.entries import Elements, Slices, Whole, check_index
+from intaglio.core.selection import Selection
 
 
 def oracle(scores, k):

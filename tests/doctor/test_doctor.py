@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from intaglio import Random
 from intaglio.cli import app
-from intaglio.core.selection import Selection, Slices
+from intaglio.core.entries import Slices
+from intaglio.core.selection import Selection
 from intaglio.doctor.engines import ENGINES, FEATURES
 from intaglio.doctor.examine import examine, slot_bytes
 from intaglio.doctor.running import parse
@@ -70,7 +71,7 @@ def shelf(base, tmp_path_factory):
     make("gguf", places(model, down=6, o=3), to_gguf)
     make("delta", places(model, down=6, o=3), save)
     make("delta-one-layer", places(model, (1,), down=6), save)
-    chosen = Random(budget=0.01, include=("*proj.weight",)).choose({}, model, 0, None, Selection())[0]
+    chosen = Random(budget=0.01, include=("*proj.weight",)).choose(model, None, Selection())
     make("scattered", chosen, save)
     return place
 

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from intaglio import S2FT, Delta, Full, Random, attach
 from intaglio.cli import app
+from intaglio.core.entries import Elements, Slices
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Elements, Selection, Slices
+from intaglio.core.selection import Selection
 from intaglio.export.lora import RANKS, lora_rank, to_lora
 from intaglio.export.merged import to_merged
 from intaglio.export.proof import InexactExport, answer, compare, prompts

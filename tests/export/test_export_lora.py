@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from intaglio import S2FT, BitFit, Delta, Full, Random
 from intaglio.cli import app
-from intaglio.core.selection import Selection, Slices
+from intaglio.core.entries import Slices
+from intaglio.core.selection import Selection
 from intaglio.export.approximate_lora import REPORT, to_approximate_lora
 from intaglio.export.from_lora import read_lora, to_delta
 from intaglio.export.lora import to_lora
@@ -313,7 +314,7 @@ def place(base_folder, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("place")
     model = AutoModelForCausalLM.from_pretrained(base_folder)
-    chosen = SCATTERED.choose({}, model, 0, None, Selection())[0]
+    chosen = SCATTERED.choose(model, None, Selection())
     handmade(model, chosen, change=None).save(folder / "adapter")
     (folder / "texts.txt").write_text("The capital of France is Paris.\n\nTwo and two are four, and four and four are eight.\n")
     return base_folder, folder / "adapter", folder / "texts.txt"

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from intaglio import S2FT, Random
 from intaglio.cli import app
-from intaglio.core.selection import Selection, Slices
+from intaglio.core.entries import Slices
+from intaglio.core.selection import Selection
 from intaglio.export import gguf as gguf_lora
 from intaglio.export.gguf import FILE, read_gguf, to_gguf
 from intaglio.export.proof import InexactExport

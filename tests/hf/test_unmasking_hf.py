@@ -10,7 +10,8 @@ import transformers as tf
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from intaglio import ID3, Delta, StaticGradient, Updates, attach
-from intaglio.hf.trainer import SparseMixin, load_tuner_state, optimizer_cls_and_kwargs, save_tuner_state
+from intaglio.hf.checkpoint import load_tuner_state, save_tuner_state
+from intaglio.hf.trainer import SparseMixin, optimizer_cls_and_kwargs
 from support import tiny
 
 NAME = "tied_llama"

@@ -42,7 +42,7 @@ each_model = pytest.mark.parametrize("name", tiny.MODELS)
 
 def attached(model, name, config, **kwargs):
     method = build(config)
-    if method.chooser.phase == "update":
+    if not method.chooser.chooses_before:
         kwargs["updates"] = Updates(accumulation="exact")
     return attach(model, method, probe=tiny.probe(name, method), **kwargs)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from intaglio import ID3, SNIP, Selection, StaticGradient, attach
-from intaglio.core.selection import Whole
+from intaglio.core.entries import Whole
 from intaglio.methods import build
 from support.unmasking import Leaves, adamw, both, chosen, gradients, leaves, loss, normal, offsets, stable_top, weights
 
@@ -147,7 +147,7 @@ def test_include_exclude_frozen_and_unused_tensors():
     model.get_parameter("1").requires_grad_(False)
     start = weights(model)
     tuner = attach(model, ID3(budget=0.5, steps=2, exclude=("2",)))
-    assert tuner.unmasking.budgets == [20]  # half of 30 + 9, rounded up
+    assert tuner.unmasking.candidates.budgets == [20]  # half of 30 + 9, rounded up
     optimizer = tuner.optimizer(adamw)
     for seed in range(2):
         model.backward(normal(6, 5, seed=seed), None, None, None)
@@ -165,7 +165,7 @@ def test_candidates_that_never_get_a_gradient_do_not_stop_the_run():
     tuner = attach(leaves((3,), (4,)), ID3(budget=7, steps=1))
     tuner.model.backward(torch.ones(3), None)
     assert chosen(tuner) == {"0": [0, 1, 2]}
-    assert tuner.unmasking.chosen == 3 < tuner.unmasking.budgets[0]
+    assert tuner.unmasking.chosen == 3 < tuner.unmasking.candidates.budgets[0]
 
 
 def test_excluded_entries_are_never_chosen_even_at_the_full_budget():
@@ -185,7 +185,7 @@ def test_whole_parameters_stand_outside_the_budget():
     model = leaves((4, 5), (6,))
     start = weights(model)
     tuner = attach(model, ID3(budget=20, steps=4, whole=("1",)))
-    assert tuner.unmasking.budgets == [20]
+    assert tuner.unmasking.candidates.budgets == [20]
     optimizer = tuner.optimizer(adamw)
     for step in range(4):
         model.backward(*gradients(model, step))
@@ -275,10 +275,10 @@ def test_the_length_of_the_run_must_be_known():
     tuner.optimizer(torch.optim.SGD, lr=1.0)
     with pytest.raises(ValueError, match=r"ID3.steps=None: give the number of updates"):
         tuner.model.backward(normal(4, 5))
-    tuner.unmasking.set_steps(5)
+    tuner.unmasking.expect(steps=5)
     tuner.model.backward(normal(4, 5))
     with pytest.raises(ValueError, match=r"ID3.steps=5: this run makes 6 updates"):
-        tuner.unmasking.set_steps(6)
+        tuner.unmasking.expect(steps=6)
 
 
 def test_a_quantized_base_is_refused():

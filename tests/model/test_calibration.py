@@ -27,7 +27,7 @@ def probe(name, *, split=(4,), rows=4, length=12):
 
 
 def chosen(model, data, **fields):
-    selection, _ = S2FT(**fields).choose({}, model, 0, data, Selection())
+    selection = S2FT(**fields).choose(model, data, Selection())
     return selection
 
 
@@ -239,13 +239,13 @@ def test_exclusion_meets_ranking():
     """S2FT checklist 15: the next best units, none of the first."""
     model, data = tiny.build("gqa_llama"), probe("gqa_llama")
     method = S2FT(o=0.25, down=0.25, select="activation")
-    first, _ = method.choose({}, model, 0, data, Selection())
-    second, _ = method.choose({}, model, 0, data, first)
+    first = method.choose(model, data, Selection())
+    second = method.choose(model, data, first)
     both = chosen(model, data, o=0.5, down=0.5, select="activation")
     assert second.overlap(first) == 0
     assert both.difference(first).keys() <= second.keys()
     with pytest.raises(ValueError, match=r"S2FT\.o=0\.25: of the query heads nothing is left"):
-        method.choose({}, model, 0, data, chosen(model, data, o=1.0, down=1.0))
+        method.choose(model, data, chosen(model, data, o=1.0, down=1.0))
 
 
 def test_weight_norms_equal_the_definition():

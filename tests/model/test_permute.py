@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 
 from intaglio import S2FT, Batches, Delta, PaFi, attach
-from intaglio.core.selection import Selection, Slices
+from intaglio.core.entries import Slices
+from intaglio.core.selection import Selection
 from intaglio.model.permute import co_permute
 from intaglio.model.structure import describe
 from support import tiny

@@ -11,8 +11,8 @@ from torch import nn
 
 from intaglio import Delta, Selection
 from intaglio.adapter.folder import CONFIG, WEIGHTS
+from intaglio.core.entries import Elements, Whole
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Elements, Whole
 from intaglio.hf import DeltaConfig, S2FTConfig
 from support import tiny
 from support.peft_models import RANDOM, S2FT, delta_folder, logits, refuses, trained

@@ -13,7 +13,8 @@ from support import tiny
 from intaglio import S2FT, Delta, Full, Random, attach
 from intaglio.cli import app
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Elements, Selection, Slices, Whole
+from intaglio.core.entries import Elements, Slices, Whole
+from intaglio.core.selection import Selection
 from intaglio.report.heatmap import density_panel, position_panel
 from intaglio.runs.inspect import grid, inspect
 

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from intaglio import Delta, Selection
+from intaglio.core.entries import Elements, Whole
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Elements, Whole
 from intaglio.export.lora import to_lora
 from intaglio.runtime.mixing import Mixer
 from intaglio.runtime.store import AdapterError, AdapterInUse, AdapterStore, DuplicateAdapter, UnknownAdapter

@@ -5,8 +5,8 @@ import queue
 import torch
 
 from intaglio import Delta, Selection
+from intaglio.core.entries import Slices
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Slices
 from intaglio.runtime.changes import Layers
 from intaglio.runtime.sampling import Sampling
 from support import tiny

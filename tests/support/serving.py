@@ -14,8 +14,9 @@ import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intaglio import Delta
+from intaglio.core.entries import Slices
 from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Selection, Slices
+from intaglio.core.selection import Selection
 from intaglio.export.proof import applied
 from intaglio.runtime.engine import Engine
 from intaglio.runtime.store import AdapterStore

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from intaglio import attach
-from intaglio.training.unmasking_reference import DenseUnmasking
 from support import tiny
+from support.dense_unmasking import DenseUnmasking
 
 
 class Leaves(nn.Module):

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from intaglio import S2FT, attach
-from intaglio.core.selection import Selection, Slices
+from intaglio.core.entries import Slices
+from intaglio.core.selection import Selection
 from intaglio.model.structure import describe
 from intaglio.training.slots import Slots
 from support import tiny

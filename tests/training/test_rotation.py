@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from intaglio import ID3, IST, LISA, RST, S2FT, BitFit, Full, Updates, attach
-from intaglio.training.damping import bare_parts
+from intaglio.training.damping import bare_tensors
+from intaglio.training.regime import Wish
 from intaglio.training.rotation import Rotation
 from support import tiny
 from support.layers import NAME, adapted, attached, changed, layer_of, lora, probe, run, same, shake, stack, update, weights
@@ -35,7 +36,7 @@ each = pytest.mark.parametrize("case", CASES)
 def start(case):
     method, build = CASES[case]
     model = build()
-    if method.of is not None and method.of.phase == "update":
+    if not method.chooser.chooses_before:
         return model, attached(model, method, updates=Updates(accumulation="exact"))
     return model, attached(model, method)
 
@@ -195,7 +196,7 @@ def test_stop_at_37_and_go_on(case):
 def test_resume_refuses_what_does_not_fit():
     tuner = attached(adapted(), IST(layers=2))
     state = tuner.state_dict()
-    with pytest.raises(ValueError, match=r"resume: the checkpoint's method"):
+    with pytest.raises(ValueError, match="resume: the checkpoint's layers is 2, this run's 3"):
         attached(adapted(), IST(layers=3)).load_state_dict(state)
     with pytest.raises(ValueError, match="says nothing about layers"):
         tuner.load_state_dict(state | {"rotation": None})
@@ -327,18 +328,19 @@ def test_bare_tensors_of_an_adapter_train_as_slots_do(fields):
     method = IST(layers=2, interval=3)
     model, bare = adapted(**fields), adapted(**fields)
     tuner = attached(model, method)
-    rotation = Rotation(bare, method, bare_parts(bare), probe())
+    rotation = Rotation(bare, method, Wish(probe=probe()))
+    rotation.connect_tensors(bare_tensors(bare))
     optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     run(model, tuner, 12)
     for step in range(12):
         torch.manual_seed(step)
         update(bare, optimizer, step)
-        rotation.advance(step + 1, optimizer)
+        rotation.after_step(step + 1, optimizer)
     assert same(weights(model), weights(bare))
     assert rotation.state() == tuner.rotation.state()
     rotation.release()
-    assert all(part.parameter.requires_grad for part in bare_parts(bare).values())
-    assert len(bare_parts(bare)) == len(list(tuner.slots))
+    assert all(tensor.values.requires_grad for tensor in bare_tensors(bare).values())
+    assert len(bare_tensors(bare)) == len(list(tuner.slots))
 
 
 def test_an_encoder_and_a_decoder_train_in_turn():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from intaglio import S2FT, Full, PaFi, Random, Selection, attach
-from intaglio.core.selection import Slices
+from intaglio.core.entries import Slices
 from intaglio.methods import build
 from intaglio.model.structure import describe
 from support import tiny
@@ -256,7 +256,7 @@ def test_s2ft_quota_is_exact_and_even(name):
     model = tiny.build(name)
     layers = describe(model)
     for share in (0.05, 0.3, 0.5, 0.77, 1.0):
-        selection, _ = S2FT(o=None, down=share).choose({}, model, 0, None, Selection())
+        selection = S2FT(o=None, down=share).choose(model, None, Selection())
         counts = [len(selection[layer.projections["down"].parameter].index) for layer in layers]
         units = [layer.projections["down"].units for layer in layers]
         assert sum(counts) == int(share * sum(units) + 0.5)
@@ -266,7 +266,7 @@ def test_s2ft_quota_is_exact_and_even(name):
 
 def test_s2ft_seed_fixes_the_units_for_ever():
     """S2FT checklist 12: a changed draw would silently change what every recipe trains."""
-    selection, _ = S2FT(o=4, down=6, seed=0).choose({}, tiny.build("gqa_llama"), 0, None, Selection())
+    selection = S2FT(o=4, down=6, seed=0).choose(tiny.build("gqa_llama"), None, Selection())
     chosen = {name.removeprefix("model.layers."): entries.index.tolist() for name, entries in selection.items()}
     assert chosen == EXPECTED
 

@@ -54,7 +54,7 @@ def test_bit_equal_to_both_oracles(name, fields, updates):
         optimizer.zero_grad()
         dense.update()
         assert chosen(tuner) == offsets(dense.selection)
-        granted = [method.granted(b, step + 1) - method.granted(b, step) for b in tuner.unmasking.budgets]
+        granted = [method.granted(b, step + 1) - method.granted(b, step) for b in tuner.unmasking.candidates.budgets]
         if not method.pools and granted[0] and method.exponent in (0, 1):  # whose plain formula rounds like ours
             new = stable_top(scores, granted[0], before)
             assert {n: sorted(before.get(n, []) + new.get(n, [])) for n in scores if n in before or n in new} == chosen(tuner)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from intaglio import ID3, Delta, Updates, attach
-from intaglio.training.unmasking_reference import DenseUnmasking
 from support import tiny
+from support.dense_unmasking import DenseUnmasking
 from support.unmasking import adamw, assert_equal_weights, chosen, gradients, leaves, loss, normal, weights
 
 

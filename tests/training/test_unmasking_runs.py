@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from intaglio import ID3, Updates, attach
-from intaglio.core.selection import Elements, Selection
+from intaglio.core.entries import Elements
+from intaglio.core.selection import Selection
 from support import tiny
 from support.unmasking import adamw, assert_equal_weights, both, chosen, gradients, leaves, loss, normal, offsets, weights
 

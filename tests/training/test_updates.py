@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from intaglio import ID3, Selection, Updates, attach
-from intaglio.training.unmasking_reference import DenseUnmasking
 from support import tiny
+from support.dense_unmasking import DenseUnmasking
 from support.unmasking import Leaves, adamw, assert_equal_weights, both, chosen, gradients, leaves, loss, normal, weights
 
 OPTIMIZERS = {
@@ -187,7 +187,7 @@ class _Late:
     steps_needed = renews = False
 
     def __init__(self, method, unmasked):
-        self.score, self.reach, self.unmasked = method.score, method.reach, unmasked
+        self.score, self.least_gradient, self.unmasked = method.score, method.reach, unmasked
 
     def granted(self, budget, step):
         return budget if step >= self.unmasked else 1

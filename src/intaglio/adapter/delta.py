@@ -14,8 +14,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ..core.entries import Entries
 from ..core.fingerprint import fingerprint, is_attached
-from ..core.selection import Entries, Selection
+from ..core.selection import Selection
 from . import folder as adapter_folder
 
 __all__ = ["Delta", "refuse_tuner"]

@@ -24,8 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..core.entries import Entries
 from ..core.files import folder_beside, publish, read_mapping
-from ..core.selection import Entries, Selection
+from ..core.selection import Selection
 from .names import PREFIX
 from .record import Record, stored_index
 

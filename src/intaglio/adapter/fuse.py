@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.algebra import union, within
+from ..core.entries import Entries
 from ..core.fingerprint import fingerprint
-from ..core.selection import Entries, Selection, union, within
+from ..core.selection import Selection
 from .delta import Delta
 
 __all__ = ["Part", "check_weights", "combine", "fuse", "warn_of_overlap"]

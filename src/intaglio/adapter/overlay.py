@@ -15,8 +15,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..core.algebra import shared, within
+from ..core.entries import Elements, Entries, Slices
 from ..core.fingerprint import fingerprint
-from ..core.selection import Elements, Entries, Slices, shared, within
 from ..model.permute import Layout
 
 __all__ = ["Overlay", "Piece", "Place"]

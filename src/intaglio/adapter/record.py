@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, final
 import torch
 from torch import Tensor
 
-from ..core.selection import Elements, Entries, Slices, Whole
+from ..core.entries import Elements, Entries, Slices, Whole
 from . import packing
 
 __all__ = ["Record", "stored_index"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from ..core.selection import Elements, Slices
+from ..core.entries import Elements, Slices
 from .delta import Delta
 from .folder import WEIGHTS, read_config
 from .names import check_name

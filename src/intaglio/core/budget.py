@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from .selection import Selection, from_flat
+from .entries import from_flat
+from .selection import Selection
 
 __all__ = ["TopK", "largest_remainder", "resolve_budget", "top_k"]
 
@@ -46,15 +48,20 @@ def resolve_budget(budget: int | float, total: int, *, name: str = "budget", uni
     return resolved
 
 
-def largest_remainder(total: int, weights: Sequence[int]) -> list[int]:
-    """Split `total` in proportion to `weights`; what the floors leave goes to the largest remainders, the first on ties.
+def largest_remainder(total: int, weights: Sequence[int], ties: random.Random | None = None) -> list[int]:
+    """Split `total` in proportion to `weights`; what the floors leave goes to the largest remainders.
 
     >>> largest_remainder(10, [1, 1, 2])
     [3, 2, 5]
+
+    Args:
+        total: what is split.
+        weights: at least 0 each, not all 0.
+        ties: draws which of equal remainders come first; default None, those that stand first.
     """
     whole = sum(weights)
     parts = [total * weight // whole for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), i))
+    by_remainder = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), ties.random() if ties else i))
     for i in by_remainder[: total - sum(parts)]:
         parts[i] += 1
     return parts

@@ -12,8 +12,8 @@ import safetensors
 from ..adapter.delta import Delta
 from ..adapter.folder import PEFT_TYPE, WEIGHTS, read_config
 from ..adapter.names import LORA_KEY, check_name
+from ..core.entries import Slices
 from ..core.files import read_mapping
-from ..core.selection import Slices
 from ..export.from_lora import check_config
 from ..export.gguf import FILE, read_gguf
 from ..export.staging import MARKER

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..adapter.delta import Delta
 from ..adapter.folder import WEIGHTS, read_config
 from ..adapter.names import LORA_KEY, changes_base, lora_key, lora_scale
+from ..core.entries import Slices
 from ..core.files import read_mapping
 from ..core.fingerprint import fingerprint
-from ..core.selection import Selection, Slices
+from ..core.selection import Selection
 from ..model.structure import is_transposed
 from .peft_folder import EXACT, load_stock, size_of, write_marker
 from .proof import InexactExport, answer, applied, compare, prompts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.delta import Delta
-from ..core.selection import Slices
+from ..core.entries import Slices
 from ..model.structure import is_transposed
 from .lora import factors, refuse_unsliced
 from .peft_folder import differences, linear_owners, refuse, write_marker

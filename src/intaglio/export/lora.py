@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..adapter.delta import Delta
 from ..adapter.names import lora_key
-from ..core.selection import Selection, Slices
+from ..core.entries import Slices
+from ..core.selection import Selection
 from ..model.structure import is_transposed
 from .peft_folder import differences, export_peft, linear_owners, missed, refuse, target_modules
 from .proof import InexactExport

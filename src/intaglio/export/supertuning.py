@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter.delta import Delta
 from ..adapter.names import PREFIX
-from ..core.selection import Entries
+from ..core.entries import Entries
 from .peft_folder import differences, export_peft, linear_owners, refuse, target_modules
 
 __all__ = ["to_supertuning"]

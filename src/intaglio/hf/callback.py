@@ -15,8 +15,9 @@ from ..core.probe import Batches, Probe
 from ..method_kinds.layer_method import LayerMethod
 from ..methods import IST, build
 from ..model.peft_layers import is_peft
-from ..training.damping import Part, bare_parts
-from ..training.rotation import Rotation, keep_starts
+from ..training.damping import Trained, bare_tensors, remember_starts
+from ..training.regime import Wish
+from ..training.rotation import Rotation
 from .trainer import expect_unused_parameters, probe_rows
 
 __all__ = ["ISTCallback"]
@@ -61,15 +62,15 @@ class ISTCallback(TrainerCallback, ExportableState):
             )
         self.rotation: Rotation | None = None
         self.saved: dict[str, Any] | None = None
-        self._parts: dict[str, Part] = {}
+        self._tensors: dict[str, Trained] = {}
         self._step = 0
         self._handle: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _check_processes(args)
         if self.method.learns:  # a checkpoint may be loaded before training begins
-            self._parts = bare_parts(kwargs["model"])
-            keep_starts(kwargs["model"], self._parts)
+            self._tensors = bare_tensors(kwargs["model"])
+            remember_starts(kwargs["model"], self._tensors)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _check_processes(args)
@@ -84,20 +85,20 @@ class ISTCallback(TrainerCallback, ExportableState):
         probe = self.probe
         if probe is None and self.method.learns:
             probe = Batches(_sample(model, kwargs["train_dataloader"], probe_rows(args), self.method.seed))
-        self.rotation, self._step = Rotation(model, self.method, self._parts_of(model, state.global_step), probe), 0
+        self.rotation, self._step = Rotation(model, self.method, Wish(probe=probe)), 0
+        self.rotation.connect_tensors(self._tensors_of(model, state.global_step))
         if state.global_step:
             self.rotation.check(saved.get("method", {}), saved.get("rotation"))
-            self.rotation.load(saved["rotation"])
             self._step = saved["step"]
+            self.rotation.load(self._step, saved["method"], saved["rotation"])
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self.rotation.watch(inner)
         self._handle = inner.register_step_post_hook(self._after_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.rotation is not None and logs is not None and "loss" in logs and self.method.learns:
-            seconds = {"probe_seconds": round(self.rotation.seconds, 2)}
-            logs.update(seconds)
-            state.log_history[-1].update(seconds)  # written before callbacks are asked
+        if self.rotation is not None and logs is not None and "loss" in logs:
+            logs.update(self.rotation.log())
+            state.log_history[-1].update(self.rotation.log())  # written before callbacks are asked
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._finish()
@@ -108,23 +109,23 @@ class ISTCallback(TrainerCallback, ExportableState):
         saved = {"method": self.method.to_dict(), "rotation": rotation, "step": self._step}
         return {"args": {}, "attributes": {"saved": saved}}
 
-    def _parts_of(self, model: Any, updates: int) -> dict[str, Part]:
+    def _tensors_of(self, model: Any, updates: int) -> dict[str, Trained]:
         """What is trained, with the starts that were seen before a checkpoint was loaded."""
-        parts = bare_parts(model)
-        if {id(part.parameter) for part in parts.values()} == {id(part.parameter) for part in self._parts.values()}:
-            return self._parts
-        if updates and self.method.learns and keep_starts(model, parts):
+        tensors = bare_tensors(model)
+        if {id(t.values) for t in tensors.values()} == {id(t.values) for t in self._tensors.values()}:
+            return self._tensors
+        if updates and self.method.learns and remember_starts(model, tensors):
             raise ValueError(
                 "ISTCallback: weights outside the adapters are trained too (modules_to_save, biases), and where they started "
                 "is not in the checkpoint: make the Trainer with callbacks=[ISTCallback(…)] to resume, without "
                 "restore_callback_states_from_checkpoint"
             )
-        return parts
+        return tensors
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         assert self.rotation is not None
         self._step += 1
-        self.rotation.advance(self._step, optimizer)
+        self.rotation.after_step(self._step, optimizer)
 
     def _finish(self) -> None:
         if self._handle is not None and self.rotation is not None:

@@ -10,43 +10,31 @@ checkpoint-N/
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ..core.files import write_whole
 from ..core.probe import label_count
-from ..model import peft_layers as adapters
-from ..training.updates import refuse_kind
+from .checkpoint import load_tuner_state, mark_complete, save_tuner_state
 
 if TYPE_CHECKING:
     from ..training.tuner import Tuner
-    from ..training.unmasking import Unmasking
-    from ..training.updates import Updates
 
 __all__ = [
     "CheckpointedSFTTrainer",
     "SparseMixin",
     "SparseTrainer",
     "calibration_batches",
-    "last_checkpoint",
-    "load_tuner_state",
+    "expect_unused_parameters",
     "optimizer_cls_and_kwargs",
     "probe_rows",
-    "save_tuner_state",
 ]
-
-STATE, COMPLETE = "tuner_state.safetensors", "complete.json"
 
 
 class _Marked:
@@ -56,7 +44,7 @@ class _Marked:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]  # a Trainer's
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists() and not self.args.save_only_model:
-            write_whole(folder / COMPLETE, json.dumps({"step": self.state.global_step}).encode())
+            mark_complete(folder, self.state.global_step)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the adapter has its own, and the Trainer's would describe a full model."""
@@ -80,7 +68,7 @@ class SparseMixin(_Marked):
 
     def __init__(self: Any, tuner: Tuner, **kwargs: Any) -> None:
         self.tuner = tuner
-        if tuner.rotation is not None:
+        if any(regime.leaves_unused for regime in tuner.regimes):
             expect_unused_parameters(kwargs.get("args"))
         super().__init__(model=tuner.model, **kwargs)  # type: ignore[call-arg]  # a Trainer's
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -90,11 +78,10 @@ class SparseMixin(_Marked):
         gathered = [slot.name for slot in tuner.slots if slot.is_gathered]
         if self.args.world_size > 1 and gathered:
             raise ValueError(f"{gathered[0]}: gradients of scattered entries are not reduced over processes; use one process")
-        if tuner.rotation is not None:
-            tuner.rotation.measure_by(self._probe_loss)  # unless the probe has a loss of its own
-        if tuner.unmasking is not None:
-            _check_updates(tuner.unmasking.updates, self.args)
-            self.add_callback(_Length(tuner.unmasking))
+        for regime in tuner.regimes:
+            regime.measure_by(self._probe_loss)
+            regime.expect(passes=self.args.gradient_accumulation_steps)
+        self.add_callback(_Length(tuner))
         checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
         if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             model: Any = tuner.model
@@ -125,11 +112,10 @@ class SparseMixin(_Marked):
         return self.tuner.clip_grad_norm_(self.args.max_grad_norm)
 
     def log(self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log how many entries are unmasked beside the loss."""
-        if self.tuner.unmasking is not None and "loss" in logs:
-            logs["unmasked"] = self.tuner.unmasking.chosen
-        if self.tuner.rotation is not None and "loss" in logs and self.tuner.rotation.method.learns:
-            logs["probe_seconds"] = round(self.tuner.rotation.seconds, 2)
+        """Log what the regimes have to say beside the loss."""
+        if "loss" in logs:
+            for regime in self.tuner.regimes:
+                logs |= regime.log()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]  # a Trainer's
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -151,16 +137,17 @@ class SparseTrainer(SparseMixin, SFTTrainer):
 
 
 class _Length(TrainerCallback):
-    """Tells a method that needs it how many updates the run makes."""
+    """A callback that says how many updates the run makes."""
 
-    def __init__(self, unmasking: Unmasking) -> None:
-        self._unmasking = unmasking
+    def __init__(self, tuner: Tuner) -> None:
+        self._tuner = tuner
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         try:
-            self._unmasking.set_steps(state.max_steps)
+            for regime in self._tuner.regimes:
+                regime.expect(steps=state.max_steps)
         except ValueError as error:
-            if self._unmasking.step == 0:
+            if self._tuner.step == 0:
                 raise
             raise ValueError(
                 f"resume: the checkpoint's run is of another length: {error}; set max_steps (or epochs) back, or start anew"
@@ -182,15 +169,6 @@ def expect_unused_parameters(args: Any) -> None:
     args.ddp_find_unused_parameters = True
 
 
-def _check_updates(updates: Updates, args: Any) -> None:
-    passes = args.gradient_accumulation_steps
-    if passes > 1 and updates.accumulation == "none":
-        raise ValueError(
-            f"gradient_accumulation_steps={passes}: say how gradients add up, with updates=Updates(accumulation='exact') (keeps "
-            "whole gradients between passes) or 'lean' (keeps candidates, approximate)"
-        )
-
-
 def optimizer_cls_and_kwargs(
     tuner: Tuner, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -208,8 +186,8 @@ def optimizer_cls_and_kwargs(
         >>> trainer = Trainer(model=tuner.model, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(tuner, lr=1e-4), ...)
     """
 
-    if tuner.unmasking is not None:
-        refuse_kind(cls)
+    for regime in tuner.regimes:
+        regime.refuse_optimizer(cls)
 
     def begin(self: torch.optim.Optimizer, groups: list[dict[str, Any]], **options: Any) -> None:
         ours = []
@@ -248,43 +226,3 @@ def calibration_batches(
     replaced = {"args": arguments, "train_dataset": Dataset.from_list(rows), "eval_dataset": None}
     trainer = SFTTrainer(model, **(kwargs | replaced))  # type: ignore[arg-type]  # a PreTrainedModel
     return [dict(batch) for batch in trainer.get_train_dataloader()]
-
-
-def save_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
-    """Write `tuner.state_dict()` as `tuner_state.safetensors`: tensors as such, everything else as JSON."""
-    state = tuner.state_dict()
-    tensors = {f"slots/{key}": tensor.cpu().contiguous() for key, tensor in state.pop("slots").items()}
-    method_state = state.pop("state")
-    tensors |= {f"state/{key}": value.cpu() for key, value in method_state.items() if isinstance(value, torch.Tensor)}
-    state["state"] = {key: value for key, value in method_state.items() if not isinstance(value, torch.Tensor)}
-    write_whole(Path(folder) / STATE, safetensors.torch.save(tensors, {"tuner": json.dumps(state)}))
-
-
-def load_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
-    """Continue `tuner` from a checkpoint folder.
-
-    Raises:
-        ValueError: where the file is missing or damaged, or belongs to another method, base or selection.
-    """
-    path = Path(folder) / STATE
-    if not path.is_file():
-        raise ValueError(f"{folder}: not a checkpoint of a sparse run, it has no {STATE}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            state = json.loads(file.metadata()["tuner"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
-    tuner.check(state)  # before anything is changed
-    if adapters.is_peft(tuner.model):
-        adapters.load(tuner.model, folder)  # the entries that are not chosen differ from run to run: LoRA starts at random
-    state["slots"] = {key.removeprefix("slots/"): t for key, t in tensors.items() if key.startswith("slots/")}
-    state["state"] |= {key.removeprefix("state/"): t for key, t in tensors.items() if key.startswith("state/")}
-    tuner.load_state_dict(state)
-
-
-def last_checkpoint(run: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a run folder; torn ones are passed over. None where there is none."""
-    folders = [marker.parent for marker in Path(run).glob(f"checkpoint-*/{COMPLETE}")]
-    numbered = [folder for folder in folders if folder.name.removeprefix("checkpoint-").isdigit()]
-    return max(numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)

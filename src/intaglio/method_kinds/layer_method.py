@@ -10,15 +10,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from ..core.entries import Whole
 from ..core.probe import Probe
-from ..core.selection import Selection, Whole
+from ..core.selection import Selection
 from . import fields
-from .method import Method, State
+from .method import NOTHING, Method
 
 __all__ = ["Law", "LayerMethod", "Policy", "StatePolicy", "count_of", "draw"]
 
@@ -46,8 +47,6 @@ class LayerMethod(Method):
         seed: of the draws, which use a generator of their own.
     """
 
-    phase = "layer"
-
     layers: int | float
     of: Method | None = None
     state: StatePolicy = "keep"
@@ -58,14 +57,14 @@ class LayerMethod(Method):
 
     def _problems(self) -> list[str]:
         problems = fields.share("layers", self.layers, "layers")
-        if self.of is not None and (not isinstance(self.of, Method) or self.of.phase == "layer"):
+        if self.of is not None and (not isinstance(self.of, Method) or isinstance(self.of, LayerMethod)):
             problems.append(f"of={self.of!r}: give a method that chooses entries, e.g. S2FT() or Full(), or None for an adapter")
         problems += fields.choice("state", self.state, StatePolicy) + fields.choice("policy", self.policy, Policy)
         return problems + fields.count("redraw", self.redraw, "number of updates")
 
     @property
     def needs_probe(self) -> bool:
-        return self.learns or (self.of is not None and self.of.needs_probe)
+        return self.learns or self.chooser.needs_probe
 
     @property
     def damping(self) -> float:
@@ -74,27 +73,21 @@ class LayerMethod(Method):
 
     @property
     def chooser(self) -> Method:
-        return self if self.of is None else self.of
-
-    def choosing_by(self, chooser: Method) -> Method:
-        return dataclasses.replace(self, of=chooser)
+        return _Adapter(type(self).__name__) if self.of is None else self.of
 
     @property
-    def learns(self) -> bool:
-        """Whether importance is learned, from probes."""
-        return False
+    def regimes(self) -> tuple[tuple[str, Method], ...]:
+        return (*self.chooser.regimes, ("rotation", self))
+
+    def with_inner(self, chooser: Method) -> Method:
+        return self if self.of is None else dataclasses.replace(self, of=chooser)
 
     def selectable(self, model: nn.Module) -> set[str]:
-        return set(_trainable(type(self).__name__, model)) if self.of is None else self.of.selectable(model)
+        return self.chooser.selectable(model)
 
-    def choose(
-        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
-    ) -> tuple[Selection, State]:
+    def choose(self, model: nn.Module, probe: Probe | None = None, exclude: Selection = NOTHING) -> Selection:
         """Choose the entries of all layers, active or not: as `of` does."""
-        if self.of is not None:
-            return self.of.choose(state, model, step, probe, exclude)
-        found = _trainable(type(self).__name__, model)
-        return Selection({name: Whole(tuple(p.shape)) for name, p in found.items()}).difference(exclude), state
+        return self.chooser.choose(model, probe, exclude)
 
     def to_dict(self) -> dict[str, Any]:
         held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -207,18 +200,33 @@ def count_of(name: str, value: int | float, total: int) -> int:
     return count
 
 
-def _trainable(method: str, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors that an adapter trains.
+@final
+@dataclass(frozen=True)
+class _Adapter(Method):
+    """The tensors that a PEFT model's adapter trains, all of them; `owner` is named in errors."""
 
-    Raises:
-        ValueError: where all or none are trainable, so that there is no adapter.
-    """
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    found = {name: p for name, p in parameters.items() if p.requires_grad}
-    if not found or len(found) == len(parameters):
-        raise ValueError(
-            f"{method}(of=None) trains an adapter's layers, and {type(model).__name__} has none ("
-            f"{'everything' if found else 'nothing'} in it is trainable): make one with peft.get_peft_model, or say what to "
-            f"train in a layer, e.g. {method}(of=S2FT())"
-        )
-    return found
+    owner: str
+
+    name = "adapter"
+    summary = "the tensors of a PEFT adapter"
+
+    def selectable(self, model: nn.Module) -> set[str]:
+        return set(self._trainable(model))
+
+    def choose(self, model: nn.Module, probe: Probe | None = None, exclude: Selection = NOTHING) -> Selection:
+        return Selection({name: Whole(tuple(p.shape)) for name, p in self._trainable(model).items()}).difference(exclude)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing: the method around it holds `of=None`."""
+        return {}
+
+    def _trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        found = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not found or len(found) == len(parameters):
+            raise ValueError(
+                f"{self.owner}(of=None) trains an adapter's layers, and {type(model).__name__} has none ("
+                f"{'everything' if found else 'nothing'} in it is trainable): make one with peft.get_peft_model, or say what to "
+                f"train in a layer, e.g. {self.owner}(of=S2FT())"
+            )
+        return found

@@ -1,43 +1,35 @@
-"""What a method is: a frozen dataclass whose fields are its hyper-parameters, and one pure question it answers.
-
-State is returned, never stored, so that a method can be compared, hashed, written to a run file and resumed.
-"""
+"""What a method is: a frozen dataclass whose fields are its hyper-parameters, and one pure question it answers."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..core.budget import resolve_budget, top_k
 from ..core.probe import Probe
 from ..core.selection import Selection
 from . import fields
 
-__all__ = [
-    "EntryMethod",
-    "Method",
-    "Phase",
-    "ScoredMethod",
-    "State",
-    "matching",
-    "refuse_foreign",
-]
+__all__ = ["NOTHING", "Method", "matching", "refuse_foreign"]
 
-Phase = Literal["start", "forward", "update", "layer"]
-State = Mapping[str, Any]  # tensors and JSON values only: it is written into checkpoints
+NOTHING = Selection()  # immutable, as every selection
 
 
 class Method(ABC):
-    """Answers, at fixed moments, which entries of which parameters may change."""
+    """A rule that answers which entries of which parameters may change.
+
+    It holds no state: it can be compared, hashed, written to a run file and built again from there.
+
+    Attributes:
+        name: in run files and tables.
+        summary: one line for tables and --help.
+    """
 
     name: ClassVar[str]
-    summary: ClassVar[str]  # one line for tables and --help
-    phase: ClassVar[Phase] = "start"
+    summary: ClassVar[str]
 
     def __post_init__(self) -> None:
         fields.refuse(type(self).__name__, self._problems())
@@ -48,16 +40,31 @@ class Method(ABC):
 
     @property
     def needs_probe(self) -> bool:
-        """Whether `choose` looks at data."""
+        """Whether it looks at data, before training or while a run trains."""
+        return False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it learns from a probe while a run trains."""
         return False
 
     @property
     def chooser(self) -> Method:
-        """What chooses entries: the method itself, or the one whose layers it trains in turn."""
+        """The method that chooses entries: itself, or the one whose layers it trains in turn."""
         return self
 
-    def choosing_by(self, chooser: Method) -> Method:
-        """The same method with another chooser."""
+    @property
+    def regimes(self) -> tuple[tuple[str, Method], ...]:
+        """How its choice is trained: name of a regime of `training`, and the method that it applies; one after the other."""
+        return (("fixed", self),)
+
+    @property
+    def chooses_before(self) -> bool:
+        """Whether all that trains is chosen once, before training."""
+        return all(name == "fixed" for name, _ in self.regimes)
+
+    def with_inner(self, chooser: Method) -> Method:
+        """The same method around another chooser; the chooser itself where there is nothing around."""
         return chooser
 
     @abstractmethod
@@ -65,20 +72,13 @@ class Method(ABC):
         """Names of the parameters that may ever be selected."""
 
     @abstractmethod
-    def choose(
-        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
-    ) -> tuple[Selection, State]:
+    def choose(self, model: nn.Module, probe: Probe | None = None, exclude: Selection = NOTHING) -> Selection:
         """Choose entries.
 
         Args:
-            state: what the previous call returned; empty at first.
-            model: the model, at its current weights.
-            step: updates made so far.
-            probe: data to look at, or None.
+            model: at its current weights.
+            probe: data to look at.
             exclude: entries that must not be chosen (another adapter's).
-
-        Returns:
-            The whole selection from now on, and the next state.
 
         Raises:
             ValueError: where the method's fields do not fit the model.
@@ -88,63 +88,6 @@ class Method(ABC):
         """`{"name": …, field: value, …}`: what `methods.build` takes back."""
         held = dataclasses.asdict(self)  # type: ignore[call-overload]  # every method is a dataclass
         return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in held.items()}
-
-
-class EntryMethod(Method):
-    """A method that ranks single entries once, before training, and takes the best."""
-
-    budget: int | float
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-
-    def _problems(self) -> list[str]:
-        return fields.patterns(include=self.include, exclude=self.exclude) + fields.share("budget", self.budget)
-
-    @abstractmethod
-    def scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], probe: Probe | None) -> Iterator[tuple[str, Tensor]]:
-        """Name and score of each of `weights` in order, in its shape; higher is chosen first. Started once the budget holds."""
-
-    def targets(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters whose entries are ranked."""
-        return matching(model, self.include, self.exclude)
-
-    def spend(self, scores: Iterator[tuple[str, Tensor]], free: Mapping[str, int]) -> Selection:
-        """Turn scores into a selection; `free` holds how many entries of each parameter may be chosen."""
-        return top_k(scores, resolve_budget(self.budget, sum(free.values())))
-
-    def selectable(self, model: nn.Module) -> set[str]:
-        return set(self.targets(model))
-
-    def choose(
-        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
-    ) -> tuple[Selection, State]:
-        if self.needs_probe and probe is None:
-            raise ValueError(f"{self}: looks at data: give a probe, e.g. probe=Batches([batch, ...])")
-        weights = {name: p for name, p in self.targets(model).items() if name not in exclude or exclude[name].count < p.numel()}
-        excluded = {name: entries.flat() for name, entries in exclude.items() if name in weights}
-        free = {name: weight.numel() - len(excluded.get(name, ())) for name, weight in weights.items()}
-        return self.spend(_without(self.scores(model, weights, probe), excluded), free), state
-
-
-class ScoredMethod(EntryMethod):
-    """The level most entry methods live on: a score of the weight alone, free of data."""
-
-    @abstractmethod
-    def score(self, name: str, weight: Tensor) -> Tensor:
-        """Score of each entry, fp32 of `weight`'s shape; higher is chosen first."""
-
-    def scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], probe: Probe | None) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights.items():
-            yield name, self.score(name, weight)
-
-
-def _without(scores: Iterator[tuple[str, Tensor]], excluded: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The scores with those of excluded entries, given by offset, behind all others."""
-    for name, score in scores:
-        if name in excluded:
-            score = score.contiguous()
-            score.view(-1)[excluded[name].to(score.device)] = float("-inf")
-        yield name, score
 
 
 def matching(model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:

@@ -1,7 +1,7 @@
 """Methods that choose single entries at every update, by that update's gradient.
 
-The method says what an entry's score is and how many entries are granted when; `streaming` applies it to gradients as
-they are formed. `choose` is the same definition over whole gradients: the plain twin, which tests hold equal.
+The method says what an entry's score is and how many entries are granted when; `training.unmasking` applies it to gradients
+as they are formed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from ..core.budget import resolve_budget, top_k
 from ..core.probe import Probe
-from ..core.selection import Selection, from_flat
+from ..core.selection import Selection
 from . import fields
-from .method import Method, State, matching
+from .method import NOTHING, Method, matching
 
-__all__ = ["Pool", "UpdateMethod"]
+__all__ = ["Share", "UpdateMethod"]
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Parameters that compete for one budget.
+class Share:
+    """Parameters that compete for one part of the budget.
 
     Attributes:
         free: parameter name → entries that may be chosen.
@@ -36,9 +36,7 @@ class Pool:
 
 
 class UpdateMethod(Method):
-    """Chooses entries at each update: the best scores of that update's gradient, over all candidates together."""
-
-    phase = "update"
+    """A method that chooses entries at each update: the best scores of its gradient, over all candidates together."""
 
     budget: int | float
     include: tuple[str, ...]
@@ -51,7 +49,7 @@ class UpdateMethod(Method):
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """Score of each entry, fp32, ≥ 0, and 0 where the gradient is 0; called on chunks of any shape."""
 
-    def reach(self, score: float) -> float:
+    def least_gradient(self, score: float) -> float:
         """The least |gradient| that any weight may have to reach a score; 0 where there is no such bound."""
         return 0.0
 
@@ -77,14 +75,14 @@ class UpdateMethod(Method):
         return self
 
     @property
-    def renews(self) -> bool:
+    def chooses_anew(self) -> bool:
         """Whether each update chooses anew, so that entries may leave again."""
         return False
 
     def selectable(self, model: nn.Module) -> set[str]:
-        return set(matching(model, self.include, self.exclude)) - set(self.always(model))
+        return set(matching(model, self.include, self.exclude)) - set(self.trained_whole(model))
 
-    def always(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def trained_whole(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that are trained whole, outside the budget.
 
         Raises:
@@ -92,7 +90,7 @@ class UpdateMethod(Method):
         """
         return {}
 
-    def budgets(self, free: Mapping[str, int]) -> list[Pool]:
+    def budgets(self, free: Mapping[str, int]) -> list[Share]:
         """The budgets, and who competes for each.
 
         Args:
@@ -101,31 +99,39 @@ class UpdateMethod(Method):
         Raises:
             ValueError: for a budget outside the candidates.
         """
-        return [Pool(free, resolve_budget(self.budget, sum(free.values())))]
+        return [Share(free, resolve_budget(self.budget, sum(free.values())))]
+
+    @property
+    def regimes(self) -> tuple[tuple[str, Method], ...]:
+        return (("unmasking", self),)
+
+    def choose(self, model: nn.Module, probe: Probe | None = None, exclude: Selection = NOTHING) -> Selection:
+        """Choose what the first update trains, by the gradients that the parameters hold in `.grad`."""
+        return self.choose_next(model, NOTHING, 1, exclude)
 
     @torch.no_grad()
-    def choose(
-        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
-    ) -> tuple[Selection, State]:
-        """Choose by the whole gradients that the parameters hold in `.grad`: the plain twin of `streaming`.
+    def choose_next(self, model: nn.Module, chosen: Selection, step: int, exclude: Selection = NOTHING) -> Selection:
+        """Choose what update number `step`, from 1, trains, by whole gradients: the plain twin of `training.unmasking`.
 
-        State: `{parameter name: offsets of its entries chosen so far}`.
+        Args:
+            model: whose parameters hold the update's gradients in `.grad`.
+            chosen: the selection of the update before; none before the first.
+            step: of the update.
+            exclude: entries that must not be chosen.
         """
-        parameters, candidates = dict(model.named_parameters()), self.selectable(model)
-        names = [name for name in parameters if name in candidates]
-        chosen = Selection({name: from_flat(tuple(parameters[name].shape), state[name]) for name in names if name in state})
-        free = {name: parameters[name].numel() - (exclude[name].count if name in exclude else 0) for name in names}
-        taken = exclude if self.renews else exclude.union(chosen)
-        new = Selection()
-        for pool in self.budgets({name: count for name, count in free.items() if count}):
-            held = 0 if self.renews else sum(chosen[name].count for name in pool.free if name in chosen)
-            k = (pool.budget if self.renews else self.granted(pool.budget, step + 1)) - held
-            seen = {name: parameters[name] for name in pool.free if parameters[name].grad is not None}
+        candidates = self.selectable(model)
+        parameters = {name: parameter for name, parameter in model.named_parameters() if name in candidates}
+        free = {name: p.numel() - (exclude[name].count if name in exclude else 0) for name, p in parameters.items()}
+        kept = NOTHING if self.chooses_anew else chosen
+        taken, new = exclude.union(kept), NOTHING
+        for share in self.budgets({name: count for name, count in free.items() if count}):
+            held = sum(kept[name].count for name in share.free if name in kept)
+            k = (share.budget if self.chooses_anew else self.granted(share.budget, step)) - held
+            seen = {name: parameters[name] for name in share.free if parameters[name].grad is not None}
             k = min(k, sum(p.numel() - (taken[name].count if name in taken else 0) for name, p in seen.items()))
             if k > 0:
                 new = new.union(top_k(self._scores(seen, taken), k))
-        selection = new if self.renews else chosen.union(new)
-        return selection, {name: entries.flat() for name, entries in selection.items()}
+        return kept.union(new)
 
     def _scores(self, parameters: Mapping[str, nn.Parameter], taken: Selection) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in parameters.items():

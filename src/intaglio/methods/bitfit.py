@@ -7,10 +7,11 @@ from typing import Literal, final
 
 from torch import nn
 
+from ..core.entries import Whole
 from ..core.probe import Probe
-from ..core.selection import Selection, Whole
+from ..core.selection import Selection
 from ..method_kinds import fields
-from ..method_kinds.method import Method, State, matching
+from ..method_kinds.method import NOTHING, Method, matching
 
 __all__ = ["BitFit"]
 
@@ -57,10 +58,8 @@ class BitFit(Method):
     def selectable(self, model: nn.Module) -> set[str]:
         return set(self._chosen(model))
 
-    def choose(
-        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
-    ) -> tuple[Selection, State]:
-        return self._chosen(model).difference(exclude), state
+    def choose(self, model: nn.Module, probe: Probe | None = None, exclude: Selection = NOTHING) -> Selection:
+        return self._chosen(model).difference(exclude)
 
     def _chosen(self, model: nn.Module) -> Selection:
         matched = matching(model, self.include, self.exclude)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core import scores
 from ..core.probe import Probe
 from ..method_kinds import fields
-from ..method_kinds.method import EntryMethod
+from ..method_kinds.entry_method import EntryMethod
 from ..model.calibration import gradient_means
 
 __all__ = ["FishMask"]

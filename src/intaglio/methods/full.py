@@ -7,10 +7,11 @@ from typing import final
 
 from torch import nn
 
+from ..core.entries import Whole
 from ..core.probe import Probe
-from ..core.selection import Selection, Whole
+from ..core.selection import Selection
 from ..method_kinds import fields
-from ..method_kinds.method import Method, State, matching
+from ..method_kinds.method import NOTHING, Method, matching
 
 __all__ = ["Full"]
 
@@ -46,8 +47,6 @@ class Full(Method):
     def selectable(self, model: nn.Module) -> set[str]:
         return set(matching(model, self.include))
 
-    def choose(
-        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
-    ) -> tuple[Selection, State]:
+    def choose(self, model: nn.Module, probe: Probe | None = None, exclude: Selection = NOTHING) -> Selection:
         whole = Selection({name: Whole(tuple(p.shape)) for name, p in matching(model, self.include).items()})
-        return whole.difference(exclude), state
+        return whole.difference(exclude)

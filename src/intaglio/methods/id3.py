@@ -16,7 +16,7 @@ from ..core.budget import largest_remainder, resolve_budget
 from ..core.schedules import SCHEDULES
 from ..method_kinds import fields
 from ..method_kinds.method import matching
-from ..method_kinds.update_method import Pool, UpdateMethod
+from ..method_kinds.update_method import Share, UpdateMethod
 
 __all__ = ["ID3"]
 
@@ -106,7 +106,7 @@ class ID3(UpdateMethod):
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return scores.d3(weight, gradient, self.exponent, self.eps)
 
-    def reach(self, score: float) -> float:
+    def least_gradient(self, score: float) -> float:
         # |g| = score · (|w| + eps)^exponent, least at w = 0; a little less, for what fp32 rounds. An infinite score may have
         # overflowed; where fp32 holds few digits, no bound is safe.
         if self.exponent < 0 or score < _TINY:
@@ -125,14 +125,14 @@ class ID3(UpdateMethod):
             raise ValueError(f"ID3.steps={self.steps}: this run makes {steps} updates; leave it out, or make them agree")
         return dataclasses.replace(self, steps=steps)
 
-    def always(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def trained_whole(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found = matching(model, self.whole) if self.whole else {}
         if both := [name for name in found if name in matching(model, self.exclude)]:
             raise ValueError(f"ID3: {both[0]} matches whole and exclude: it is trained, or it is frozen; narrow one of them")
         return found
 
     @property
-    def renews(self) -> bool:
+    def chooses_anew(self) -> bool:
         return self.mode == "repeat"
 
     def granted(self, budget: int, step: int) -> int:
@@ -144,7 +144,7 @@ class ID3(UpdateMethod):
             return schedules.front_loaded(budget, self.steps, step)
         return schedules.granted(SCHEDULES[self.schedule](self.steps, self.until), budget, step)
 
-    def budgets(self, free: Mapping[str, int]) -> list[Pool]:
+    def budgets(self, free: Mapping[str, int]) -> list[Share]:
         if not self.pools:
             return super().budgets(free)
         members = [{name: count for name, count in free.items() if self._pool(name) == pattern} for pattern in self.pools]
@@ -155,7 +155,7 @@ class ID3(UpdateMethod):
             raise ValueError(f"ID3.pools={self.pools!r}: {problem}; give patterns that cover every candidate, or narrow include")
         counts = [sum(names.values()) for names in members]
         shares = largest_remainder(resolve_budget(self.budget, sum(counts)), counts)
-        return [Pool(names, share) for names, share in zip(members, shares, strict=True)]
+        return [Share(names, share) for names, share in zip(members, shares, strict=True)]
 
     def _pool(self, name: str) -> str | None:
         return next((pattern for pattern in self.pools if fnmatch(name, pattern)), None)

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from ..core import scores
-from ..method_kinds.method import ScoredMethod
+from ..method_kinds.entry_method import ScoredMethod
 
 __all__ = ["PaFi"]
 

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
-import torch
 from torch import Tensor, nn
 
-from ..core.budget import resolve_budget
 from ..core.probe import Probe
 from ..core.scores import stable_seed
-from ..core.selection import Entries, Selection, Slices
 from ..method_kinds import fields
-from ..method_kinds.method import Method, State
+from ..method_kinds.unit_method import Unit, UnitMethod
 from ..model import calibration
-from ..model.calibration import STRUCTURES
-from ..model.families import ROLES
-from ..model.structure import Layer, describe, refuse_shared
+from ..model.structure import Layer
 
 __all__ = ["S2FT"]
 
 Strategy = Literal["random", "weight", "activation", "product", "gradient"]
-_UNITS = {"channels": "FFN channels", "heads": "query heads", "kv_heads": "key-value heads"}
-_ON_DATA = ("activation", "product", "gradient")
 
 
 @final
 @dataclass(frozen=True)
-class S2FT(Method):
+class S2FT(UnitMethod):
     """Train whole FFN channels and attention heads, the same number in every layer.
 
     In each layer the columns of `down` that read the chosen channels, and the columns of `o` that read the chosen
@@ -79,132 +72,45 @@ class S2FT(Method):
     name = "s2ft"
     summary = "attention heads and FFN channels, dense inside each layer"
 
-    q: int | float | None = None
-    k: int | float | None = None
-    v: int | float | None = None
-    o: int | float | None = 0.05
-    up: int | float | None = None
-    gate: int | float | None = None
-    down: int | float | None = 0.02
     select: Strategy = "random"
     largest: bool = False
-    seed: int = 0
-
-    def _problems(self) -> list[str]:
-        problems = [p for role in ROLES for p in fields.share(role, getattr(self, role), "units", none="frozen")]
-        if not self._roles:
-            problems.append(f"no projection is trained; give a share to at least one of {', '.join(ROLES)}")
-        problems += fields.choice("select", self.select, Strategy)
-        if self.largest and self.select == "random":
-            problems.append("largest=True has no effect with select='random'; name what to rank by")
-        return problems
 
     @property
     def needs_probe(self) -> bool:
-        return self.select in _ON_DATA
+        return self.select in ("activation", "product", "gradient")
 
-    def selectable(self, model: nn.Module) -> set[str]:
-        return {layer.projections[role].parameter for layer in describe(model) for role in self._roles_in(layer)}
+    def rank(
+        self, model: nn.Module, layers: list[Layer], free: Mapping[Unit, list[int]], probe: Probe | None
+    ) -> dict[Unit, list[int]]:
+        if self.select == "random":  # in a way that other layers and structures have no part in
+            return {
+                (layer, structure): random.Random(stable_seed(self.seed, f"{structure}/{layer}")).sample(units, len(units))
+                for (layer, structure), units in free.items()
+            }
+        return super().rank(model, layers, free, probe)
 
-    def choose(
-        self, state: State, model: nn.Module, step: int, probe: Probe | None, exclude: Selection
-    ) -> tuple[Selection, State]:
-        layers = describe(model)
-        refuse_shared(model, layers)
-        free = {
-            (layer.name, structure): self._free_units(layer, structure, exclude)
-            for layer in layers
-            for structure in self._structures
-        }
-        quotas = {role: self._quotas(role, layers, free) for role in self._roles}
-        ranks = self._rank(model, layers, free, probe)
-        chosen = Selection()
-        for role in self._roles:
-            for layer, quota in zip(layers, quotas[role], strict=True):
-                chosen = chosen.union(_slices(layer, role, ranks[layer.name, _structure(role)][:quota]))
-        return Selection({name: chosen[name] for name, _ in model.named_parameters() if name in chosen}), state
+    def scores(
+        self, model: nn.Module, layers: list[Layer], structures: Collection[str], probe: Probe | None
+    ) -> Mapping[Unit, Tensor]:
+        sign = 1 if self.largest else -1
+        return {key: sign * norm for key, norm in self._norms(model, layers, structures, probe).items()}
 
-    @property
-    def _roles(self) -> list[str]:
-        return [role for role in ROLES if getattr(self, role) is not None]
-
-    @property
-    def _structures(self) -> list[str]:
-        return [name for name, (_, roles) in STRUCTURES.items() if set(roles) & set(self._roles)]
-
-    def _roles_in(self, layer: Layer) -> list[str]:
-        missing = [role for role in self._roles if role not in layer.projections]
-        if missing:
-            raise ValueError(f"S2FT: {layer.name} has no {', '.join(missing)} projection; it has {', '.join(layer.projections)}")
-        return self._roles
-
-    def _free_units(self, layer: Layer, structure: str, exclude: Selection) -> list[int]:
-        """Units of a layer of which no trained position is excluded."""
-        projections = [layer.projections[role] for role in self._roles_in(layer) if _structure(role) == structure]
-        taken: set[int] = set()
-        for projection in projections:
-            if projection.parameter in exclude:
-                taken |= set(projection.owners(_positions(exclude[projection.parameter], projection.dim)).tolist())
-        return [unit for unit in range(projections[0].units) if unit not in taken]
-
-    def _quotas(self, role: str, layers: list[Layer], free: dict[tuple[str, str], list[int]]) -> list[int]:
-        """Units of a projection in each layer."""
-        structure = _structure(role)
-        capacity = [len(free[layer.name, structure]) for layer in layers]
-        total = resolve_budget(getattr(self, role), sum(capacity), name=f"S2FT.{role}", unit=_UNITS[structure])
-        return _spread(total, capacity, random.Random(stable_seed(self.seed, structure)))
-
-    def _rank(
-        self, model: nn.Module, layers: list[Layer], free: dict[tuple[str, str], list[int]], probe: Probe | None
-    ) -> dict[tuple[str, str], list[int]]:
-        """The free units of each layer and structure, best first."""
-        if self.select == "random":
-            return {key: _shuffled(units, stable_seed(self.seed, f"{key[1]}/{key[0]}")) for key, units in free.items()}
-        norms = self._norms(model, layers, probe)
-        sign = -1 if self.largest else 1
-        return {key: sorted(units, key=lambda u: (sign * float(norms[key][u]), u)) for key, units in free.items()}
-
-    def _norms(self, model: nn.Module, layers: list[Layer], probe: Probe | None) -> calibration.Norms:
+    def _norms(
+        self, model: nn.Module, layers: list[Layer], structures: Collection[str], probe: Probe | None
+    ) -> calibration.Norms:
         if self.select == "weight":
-            return calibration.weight_norms(model, layers, self._structures)
-        if probe is None:
-            raise ValueError(f"S2FT(select={self.select!r}) looks at data: give a probe, e.g. probe=Batches([batch, ...])")
+            return calibration.weight_norms(model, layers, structures)
+        assert probe is not None  # `rank` has asked for it
         if self.select == "gradient":
-            return calibration.gradient_norms(model, layers, probe, self._structures)
-        norms = calibration.activation_norms(model, layers, probe, self._structures)
-        if self.select == "product":
-            weights = calibration.weight_norms(model, layers, self._structures)
-            return {key: norm * weights[key].cpu() for key, norm in norms.items()}
-        return norms
+            return calibration.gradient_norms(model, layers, probe, structures)
+        norms = calibration.activation_norms(model, layers, probe, structures)
+        if self.select == "activation":
+            return norms
+        weights = calibration.weight_norms(model, layers, structures)
+        return {key: norm * weights[key].cpu() for key, norm in norms.items()}
 
-
-def _structure(role: str) -> str:
-    return next(name for name, (_, roles) in STRUCTURES.items() if role in roles)
-
-
-def _spread(total: int, capacity: list[int], generator: random.Random) -> list[int]:
-    """Split `total` in proportion to `capacity` by largest remainder; equal remainders are drawn."""
-    shares = [total * c / sum(capacity) for c in capacity]
-    quotas = [math.floor(share) for share in shares]
-    order = sorted(range(len(shares)), key=lambda i: (quotas[i] - shares[i], generator.random()))
-    for i in order[: total - sum(quotas)]:
-        quotas[i] += 1
-    return quotas
-
-
-def _shuffled(units: list[int], seed: int) -> list[int]:
-    return random.Random(seed).sample(units, len(units))
-
-
-def _positions(entries: Entries, dim: int) -> Tensor:
-    """Positions along `dim` that hold any of `entries`."""
-    if isinstance(entries, Slices) and entries.dim == dim:
-        return entries.index.cpu()
-    return torch.unravel_index(entries.flat(), entries.shape)[dim].unique()
-
-
-def _slices(layer: Layer, role: str, units: list[int]) -> dict[str, Entries]:
-    """The slices of some units of a layer, none for none."""
-    projection = layer.projections[role]
-    index = projection.index(torch.tensor(units, dtype=torch.int64))
-    return {projection.parameter: Slices(projection.shape, projection.dim, index)} if units else {}
+    def _problems(self) -> list[str]:
+        problems = super()._problems() + fields.choice("select", self.select, Strategy)
+        if self.largest and self.select == "random":
+            problems.append("largest=True has no effect with select='random'; name what to rank by")
+        return problems

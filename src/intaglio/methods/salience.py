@@ -46,7 +46,7 @@ class StaticGradient(UpdateMethod):
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return scores.gradient(gradient)
 
-    def reach(self, score: float) -> float:
+    def least_gradient(self, score: float) -> float:
         return max(score, 0.0) * (1 - 1e-6)  # a gradient of more digits is rounded to fp32
 
     def granted(self, budget: int, step: int) -> int:

@@ -13,7 +13,8 @@ from ..core.budget import largest_remainder, resolve_budget, top_k
 from ..core.probe import Probe
 from ..core.selection import Selection
 from ..method_kinds import fields
-from ..method_kinds.method import EntryMethod, matching
+from ..method_kinds.entry_method import EntryMethod
+from ..method_kinds.method import matching
 from ..model.calibration import gradient_means
 from ..model.structure import layer_matrices
 

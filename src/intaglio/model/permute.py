@@ -14,9 +14,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ..core.entries import Entries, Slices
 from ..core.fingerprint import fingerprint
 from ..core.probe import Probe
-from ..core.selection import Entries, Selection, Slices
+from ..core.selection import Selection
 from .calibration import quiet
 from .structure import Layer, Projection, describe, refuse_shared
 

@@ -142,12 +142,12 @@ class DeltaConfig(PeftConfig):
             ValueError: where the method does not fit the model, or the restrictions leave nothing.
         """
         method = build(self.method or {})
-        if method.phase != "start":
+        if not method.chooses_before:
             raise ValueError(
                 f"method {method.name!r} changes its choice during training, which a PEFT adapter cannot follow; train with "
                 "intaglio.attach, whose saved adapter PEFT loads"
             )
-        chosen, _ = method.choose({}, model, 0, self.probe, self.left_alone(model))
+        chosen = method.choose(model, self.probe, self.left_alone(model))
         return peft_places.restrict(chosen, self)
 
     def left_alone(self, model: nn.Module) -> Selection:

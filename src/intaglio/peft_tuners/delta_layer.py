@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..adapter.record import Record
-from ..core.selection import Entries, Selection
+from ..core.entries import Entries
+from ..core.selection import Selection
 from ..model.structure import is_linear, is_transposed
 from .rows import split_rows
 from .tensors import call_with, check_base, fresh, replaced, vacant

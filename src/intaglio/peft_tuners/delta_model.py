@@ -17,9 +17,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapter.record import Record
+from ..core.entries import Entries
 from ..core.fingerprint import fingerprint
-from ..core.selection import Entries, Selection
-from ..training.slots import refuse_differing_ranks
+from ..core.selection import Selection
+from ..training.ranks import refuse_differing
 from . import targets as peft_places
 from .delta_config import TYPE, DeltaConfig, S2FTConfig
 from .delta_layer import DeltaLayer
@@ -170,7 +171,7 @@ def _choose(model: nn.Module, config: DeltaConfig) -> None:
     refuse_quantized(model)
     parameters = dict(model.named_parameters())
     chosen = config.chosen or config.places(model)
-    refuse_differing_ranks(chosen)
+    refuse_differing(chosen)
     described = _describe(parameters, chosen)
     if config.chosen and described != config.parameters:
         raise ValueError(

@@ -15,8 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..core.entries import Entries, Slices, Whole
 from ..core.scores import stable_seed
-from ..core.selection import Entries, Selection, Slices, Whole
+from ..core.selection import Selection
 from ..methods.s2ft import S2FT
 from ..model.families import ROLES
 from ..model.structure import describe, is_linear, is_transposed
@@ -132,7 +133,7 @@ def targeted(model: nn.Module, config: DeltaConfig, method: S2FT, exclude: Selec
             layer for layer in describe(model) if not any(owner(p.parameter) in roles for p in layer.projections.values())
         ]
         others = {p.parameter: Whole(p.shape) for layer in untouched for p in layer.projections.values()}
-        found, _ = narrowed.choose({}, model, 0, config.probe, exclude.union(others))
+        found = narrowed.choose(model, config.probe, exclude.union(others))
         chosen.update({name: entries for name, entries in found.items() if owner(name) in roles})
     for path in targets:
         if path not in roles:

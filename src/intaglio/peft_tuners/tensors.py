@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter.record import Record, stored_index
+from ..core.entries import Entries
 from ..core.fingerprint import fingerprint
-from ..core.selection import Entries
 
 __all__ = ["call_with", "check_base", "fresh", "replaced", "vacant"]
 

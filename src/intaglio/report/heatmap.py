@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from ..core.selection import Entries, Slices
+from ..core.entries import Entries, Slices
 
 __all__ = ["COLOURS", "Panel", "density_panel", "plot_selection", "position_panel"]
 

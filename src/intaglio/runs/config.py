@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..method_kinds.method import Method
+from ..method_kinds.layer_method import LayerMethod
 from ..methods import METHODS, build, nearest
 from .peft_methods import PEFT_METHODS, peft_problems
 from ..training.updates import Updates
@@ -322,7 +323,7 @@ def _method_problems(method: Any) -> list[str]:
 def _schedule_problems(schedule: Any) -> list[str]:
     if not isinstance(schedule, dict):
         return []  # none, or pydantic has said so
-    in_turn = [name for name, cls in METHODS.items() if cls.phase == "layer"]
+    in_turn = [name for name, cls in METHODS.items() if issubclass(cls, LayerMethod)]
     if schedule.get("name") not in in_turn:
         return [f"schedule.name={schedule.get('name')!r}: unknown; {nearest(str(schedule.get('name')), in_turn)}"]
     if "of" in schedule:

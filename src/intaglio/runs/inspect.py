@@ -15,7 +15,8 @@ from ..training import unmasking_record as insight, rotation_record as layer_rec
 from ..adapter.folder import CONFIG, PEFT_TYPE, WEIGHTS, read_config
 from ..adapter.delta import Delta
 from .folder import adapter_of
-from ..core.selection import Entries, Selection, Slices
+from ..core.entries import Entries, Slices
+from ..core.selection import Selection
 
 __all__ = ["grid", "inspect"]
 

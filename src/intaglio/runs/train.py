@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from .config import UPDATES, AttachBlock, Config, load_config, sft_config
 from .peft_methods import PEFT_METHODS, peft_config
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .data import Examples
-    from ..method_kinds.layer_method import LayerMethod
+    from ..training.regime import Recorder
     from ..core.selection import Selection
 
 __all__ = ["Run", "train"]
@@ -95,7 +95,7 @@ class Run:
     model: Any  # PreTrainedModel, or a PeftModel
     exclude: Selection
     tuner: Any = None  # Tuner, where the method is ours
-    insight: Any = None  # Insight, where the method chooses while training
+    recorders: list[Recorder] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -128,7 +128,7 @@ def _refuse_idle_settings(config: Config) -> None:
     if is_peft and config.attach != defaults:
         raise ValueError(f"attach: has no effect with method.name={name!r}; drop the block")
     idle = [key for key in UPDATES if getattr(config.attach, key) != getattr(defaults, key)]
-    if idle and chosen is not None and chosen.chooser.phase != "update":
+    if idle and chosen is not None and chosen.chooser.chooses_before:
         raise ValueError(f"attach.{idle[0]}: has no effect, method.name={name!r} chooses before training; drop it")
     if "calibration" in config.data.model_fields_set and (chosen is None or not chosen.needs_probe):
         raise ValueError(f"data.calibration: has no effect, method.name={name!r} as set looks at no data; drop it")
@@ -151,10 +151,9 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     from tqdm.auto import tqdm
 
     from ..adapter.delta import Delta
-    from ..hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches, probe_rows
-    from ..training.unmasking_record import Insight
     from ..core.probe import Batches
-    from ..training.tuner import attach
+    from ..hf.trainer import CheckpointedSFTTrainer, SparseTrainer, calibration_batches, probe_rows
+    from ..training.attach import attach
 
     common: dict[str, Any] = {"args": run.arguments, "processing_class": run.tokenizer, **run.examples.datasets()}
     method, chosen, lora = dict(run.config.method), run.config.build(), run.config.attach.lora
@@ -167,20 +166,18 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     elif lora is not None:
         run.model = _with_adapter(run.model, "lora", lora, run.arguments.seed)
     probe = selection = None
-    looks_first = chosen.chooser.phase == "start" and chosen.chooser.needs_probe
-    if looks_first and checkpoint is not None:
+    chooser = chosen.chooser
+    if chooser.needs_probe and checkpoint is not None:
         selection = Delta.load(checkpoint).selection  # looking at data again could tip a tie
-    learns = chosen.phase == "layer" and cast("LayerMethod", chosen).learns
-    if learns or (looks_first and checkpoint is None):
+    if chosen.learns or (chooser.needs_probe and checkpoint is None):
         rows = run.examples.sample(run.config.data.calibration)
-        batches = calibration_batches(run.model, rows, probe_rows(run.arguments) if learns else None, **common)
-        probe = Batches(batches if learns else tqdm(batches, desc="calibrate", leave=False))
+        batches = calibration_batches(run.model, rows, probe_rows(run.arguments) if chosen.learns else None, **common)
+        probe = Batches(batches if chosen.learns else tqdm(batches, desc="calibrate", leave=False))
     options = {"exclude": run.exclude, "permute": run.config.attach.permute, "selection": selection}
-    if chosen.chooser.phase == "update":
+    if not chooser.chooses_before:
         options["updates"] = run.config.attach.updates(run.arguments.gradient_accumulation_steps)
     run.tuner = attach(run.model, chosen, probe=probe, **options)
-    if run.tuner.unmasking is not None:
-        run.insight = Insight(run.tuner)
+    run.recorders = [recorder for regime in run.tuner.regimes if (recorder := regime.recorder()) is not None]
     return SparseTrainer(run.tuner, **common)
 
 
@@ -194,7 +191,7 @@ def _with_adapter(model: Any, name: str, fields: dict[str, Any], seed: int) -> A
 
 
 def _checkpoint(output: Path) -> Path | None:
-    from ..hf.trainer import last_checkpoint
+    from ..hf.checkpoint import last_checkpoint
 
     return last_checkpoint(output)
 
@@ -217,14 +214,11 @@ def _fit(run: Run, trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
 
 def _save(run: Run, trainer: Any) -> Path:
     """Write the adapter, and the logits that `verify` compares with."""
-    from ..training import rotation_record as layer_record
     from .verify import save_check
 
     adapter = run.output / "adapter"
-    if run.insight is not None:
-        run.insight.save(run.output / UNMASKING)
-    if run.tuner is not None and run.tuner.rotation is not None:
-        layer_record.save(run.tuner.rotation, run.output / layer_record.FILE)
+    for recorder in run.recorders:
+        recorder.save(run.output)
     if run.tuner is not None:
         run.tuner.save(adapter)
         run.tuner.detach()

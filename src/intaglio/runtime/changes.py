@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.delta import Delta
+from ..core.entries import Slices
 from ..core.fingerprint import fingerprint
-from ..core.selection import Slices
 from ..model.structure import is_linear, is_transposed
 
 __all__ = ["Adapter", "Change", "Layers", "from_delta", "one_hot"]

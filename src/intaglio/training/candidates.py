@@ -1,15 +1,23 @@
-"""One pass over a gradient that is about to be freed: the entries that can still be among the best of all tensors."""
+"""The best entries of one update, as gradients come: what is kept of a gradient that is about to be freed."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.budget import TopK
+from ..core.fingerprint import fingerprint
+from ..core.selection import Selection
+from ..method_kinds.update_method import Share, UpdateMethod
+from .growing_slot import GrowingSlot
+from .updates import Updates
 
-__all__ = ["Scorer", "scan"]
+__all__ = ["Candidates", "Scorer", "by_rank", "scan"]
 
 CHUNK, BLOCK = 1 << 18, 1 << 10  # entries scored at a time; entries whose largest gradient is looked at first
 
@@ -21,8 +29,8 @@ class Scorer(Protocol):
         """As `UpdateMethod.score`."""
         ...
 
-    def reach(self, score: float) -> float:
-        """As `UpdateMethod.reach`."""
+    def least_gradient(self, score: float) -> float:
+        """As `UpdateMethod.least_gradient`."""
         ...
 
 
@@ -52,7 +60,7 @@ def _scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: in
         return False
     for start in range(0, gradient.numel(), CHUNK):
         g, w = gradient[start : start + CHUNK], weight[start : start + CHUNK]
-        least = method.reach(best.threshold)
+        least = method.least_gradient(best.threshold)
         if least > 0:
             at = _reaching(g, peaks[start // BLOCK : (start + CHUNK) // BLOCK], least)
             best.add(rank, method.score(w[at], g[at]), at + start, g[at])
@@ -87,3 +95,125 @@ def _reaching(gradient: Tensor, peaks: Tensor, least: float) -> Tensor:
     if full.numel() == rows.numel():
         return found
     return torch.cat([found, (gradient[whole:].abs() >= least).nonzero().flatten() + whole])
+
+
+@final
+class _Pool:
+    """The parameters that compete for one share of the budget, and their best candidates of this update."""
+
+    def __init__(self, share: Share) -> None:
+        self.names, self.budget = frozenset(share.free), share.budget
+        self.best: TopK | None = None
+        self.wanted: int | None = None
+
+
+@final
+class Candidates:
+    """Parameters that compete for entries, and the best entries of one update, in each share of the budget.
+
+    Args:
+        model: the model.
+        method: scores entries, and says how many are granted.
+        exclude: entries that must not be chosen.
+        updates: how gradients add up, and what decay pulls toward.
+
+    Attributes:
+        slots: candidate → its slot, in the model's order.
+    """
+
+    def __init__(self, model: nn.Module, method: UpdateMethod, exclude: Selection, updates: Updates) -> None:
+        self.method, self._step = method, 1
+        self._oversampling = updates.oversampling if updates.accumulation == "lean" else None
+        names = method.selectable(model)
+        parameters = {name: p for name, p in model.named_parameters() if name in names}
+        barred = {name: exclude[name].flat() for name in parameters if name in exclude}
+        free = {name: p.numel() - len(barred.get(name, ())) for name, p in parameters.items()}
+        self._pools = [_Pool(share) for share in method.budgets({name: count for name, count in free.items() if count})]
+        self._member = {name: pool for pool in self._pools for name in pool.names}
+        self.slots = {
+            name: GrowingSlot(name, parameter, barred.get(name), from_start=updates.decay == "start")
+            for name, parameter in parameters.items()
+            if name in self._member
+        }
+
+    @property
+    def digest(self) -> str:
+        """Hash of the candidates, and of what is excluded in each."""
+        described = [
+            (name, list(slot.target.shape), None if slot.excluded is None else fingerprint(slot.excluded))
+            for name, slot in self.slots.items()
+        ]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+    @property
+    def budgets(self) -> list[int]:
+        """Entries that will be chosen, per share."""
+        return [pool.budget for pool in self._pools]
+
+    def restart(self, step: int) -> None:
+        """Forget everything, and gather for update number `step`, from 1."""
+        self._step = step
+        for pool in self._pools:
+            pool.best = pool.wanted = None
+
+    def any_wanted(self) -> bool:
+        """Whether this update chooses entries."""
+        return any(self._wanted(pool) > 0 for pool in self._pools)
+
+    def add(self, rank: int, slot: GrowingSlot, gradient: Tensor) -> bool:
+        """Add a parameter's gradient, flat; False where it, or its sum with earlier ones, is not finite.
+
+        Args:
+            rank: the parameter's place among the candidates.
+            slot: of the parameter.
+            gradient: flat, `[n]`.
+        """
+        pool = self._member[slot.name]
+        if self._wanted(pool) <= 0:
+            return True
+        if pool.best is None:
+            pool.best = TopK(self._wanted(pool) * (self._oversampling or 1))
+        weight, finite = slot.target.detach().reshape(-1), True
+        barred = [] if self.method.chooses_anew else [slot.index]
+        barred += [] if slot.excluded is None else [slot.excluded]
+        if self._oversampling is not None:
+
+            def summed(offset: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+                nonlocal finite
+                place = offset.to(gradient.device)
+                total = earlier + gradient[place].to(earlier)
+                finite = bool(total.isfinite().all())
+                return self.method.score(weight[place], total.to(gradient.device)).cpu(), total
+
+            barred.append(pool.best.revise(rank, summed).to(gradient.device))
+        return scan(gradient, weight, self.method, pool.best, rank, barred) and finite
+
+    def join(self) -> None:
+        """Let the winners join their slots, provisionally."""
+        for pool in self._pools:
+            if pool.best is None:
+                continue
+            winners = dict(by_rank(*pool.best.winners(self._wanted(pool))))
+            none = torch.empty(0, dtype=torch.int64), torch.empty(0)
+            for rank, slot in enumerate(self.slots.values()):
+                offset, gradient = (tensor.to(slot.target.device) for tensor in winners.get(rank, none))
+                if self.method.chooses_anew and slot.name in pool.names:
+                    slot.exchange(offset, gradient, self._step)
+                elif rank in winners:
+                    slot.grow(offset, gradient, self._step)
+
+    def _wanted(self, pool: _Pool) -> int:
+        """Entries to choose at this update."""
+        if pool.wanted is None:
+            anew = self.method.chooses_anew
+            held = 0 if anew else sum(self.slots[name].count_before for name in pool.names)
+            pool.wanted = (pool.budget if anew else self.method.granted(pool.budget, self._step)) - held
+        return pool.wanted
+
+
+def by_rank(rank: Tensor, offset: Tensor, payload: Tensor) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """(rank, (offsets, payloads)) of each parameter that has winners; arguments as `TopK.winners` gives them."""
+    order = rank.argsort(stable=True)
+    ranks, counts = rank[order].unique_consecutive(return_counts=True)
+    parts = zip(offset[order].split(counts.tolist()), payload[order].split(counts.tolist()), strict=True)
+    yield from zip(ranks.tolist(), parts, strict=True)

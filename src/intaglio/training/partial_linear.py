@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..core.selection import Slices
+from ..core.entries import Slices
 
 __all__ = ["install", "remove"]
 

@@ -1,4 +1,4 @@
-"""Which layers trained when, and what was learned about them: the record of a run whose layers trained in turn."""
+"""A record of a run whose layers trained in turn: which layers trained when, and what was learned about them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,36 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from ..adapter.names import PREFIX
 from ..core.files import read_mapping
-from ..model import peft_layers as adapters
-from .rotation import Rotation
+from ..model.peft_layers import is_peft
 
-__all__ = ["FILE", "ranking", "read", "rows", "save", "to_csv"]
+if TYPE_CHECKING:
+    from .rotation import Rotation
+
+__all__ = ["FILE", "RotationRecord", "ranking", "read", "rows", "save", "to_csv"]
 
 FILE, _POINTS = "layers.json", 200
+
+
+@final
+class RotationRecord:
+    """A record of a run whose layers train in turn.
+
+    Args:
+        rotation: of the run.
+    """
+
+    def __init__(self, rotation: Rotation) -> None:
+        self._rotation = rotation
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write `layers.json`, and return it; see `save`."""
+        return save(self._rotation, folder / FILE)
 
 
 def save(rotation: Rotation, path: Path) -> dict[str, Any]:
@@ -44,7 +62,7 @@ def save(rotation: Rotation, path: Path) -> dict[str, Any]:
         >>> record = save(tuner.rotation, Path("runs/demo/layers.json"))
     """
     method, history = rotation.method, rotation.history
-    prefix = PREFIX if adapters.is_peft(rotation.model) else ""
+    prefix = PREFIX if is_peft(rotation.model) else ""
     updates = sum(rotation.visits) // method.active_count(len(rotation.layers))
     record = {
         "layers": [path.removeprefix(prefix) for path in rotation.layers.paths],

@@ -1,189 +1,19 @@
-"""Compact trainable values for the chosen entries, and how their gradients get there.
-
-A slot holds the values of one parameter's entries in fp32 (or the weight's own wider type). The optimizer sees slots
-only: weight decay cannot reach a frozen entry, optimizer state is O(chosen), and updates too small for a bf16 weight
-add up in the slot. After each update the slot is written into the live weight, rounded to its type.
-"""
+"""All slots of a model, and how gradients get there."""
 
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
-from ..core.fingerprint import fingerprint
-from ..core.selection import Entries, Selection, Slices, Whole
+from ..core.entries import Slices
+from ..core.selection import Selection
 from ..model.structure import is_transposed
-from . import partial_linear
+from .slot import FixedSlot, Slot
 
-__all__ = ["FixedSlot", "Slot", "Slots", "damped_values", "refuse_differing_ranks"]
-
-
-class Slot(nn.Module, ABC):
-    """The trainable values of one parameter.
-
-    Attributes:
-        name: of the parameter.
-        base_dtype: type of the base weight at attach.
-        target: the live base weight.
-        values: the compact trainable values, at least fp32.
-        is_alias: whether `values` is the weight itself.
-        is_gathered: whether the gradient is gathered from the dense one, outside the autograd graph.
-    """
-
-    is_alias = is_gathered = False
-
-    def __init__(self, name: str, target: nn.Parameter, values: nn.Parameter) -> None:
-        super().__init__()
-        self.name, self.base_dtype, self.values = name, target.dtype, values
-        self._target = (target,)  # in a tuple, so that it is not registered a second time
-        self._remove: Callable[[], None] = lambda: None
-
-    @property
-    def target(self) -> nn.Parameter:
-        return self._target[0]
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str | None:
-        """Of the base values at the chosen entries, taken before training; None where none is chosen yet."""
-
-    @abstractmethod
-    def write(self) -> None:
-        """Write the values into the base weight."""
-
-    @abstractmethod
-    def is_stale(self) -> bool:
-        """Whether the base weight differs from the values, rounded to its type."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, by kind: copies."""
-
-    @abstractmethod
-    def check(self, state: Mapping[str, Tensor], fingerprint: str | None) -> None:
-        """Refuse a state that is not this slot's.
-
-        Raises:
-            ValueError: where it belongs to other entries or another base.
-        """
-
-    @abstractmethod
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state that `check` has passed."""
-
-    def activate(self, active: bool) -> None:
-        """Let gradients reach `values`, or none: then nothing is kept for backward and no gradient is left."""
-        (self.target if self.is_alias or self.is_gathered else self.values).requires_grad_(active)
-        if not active:
-            self.values.grad = None
-
-    @abstractmethod
-    def keep_start(self) -> None:
-        """Remember the present values of the weight, which `damp` damps toward."""
-
-    @abstractmethod
-    def damp(self, factor: float) -> Callable[[], None]:
-        """Write start + factor · (tuned − start) into the weight; what is returned writes the exact tuned values back."""
-
-    def disconnect(self) -> None:
-        """Let no more gradients reach `values`; the weight keeps its present values."""
-        self._remove()
-        self.target.requires_grad_(False)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write nothing: the base weight already holds the values, so `model.state_dict()` stays an ordinary one."""
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Read nothing, for the same reason."""
-
-
-@final
-class FixedSlot(Slot):
-    """Values of entries that were chosen before training.
-
-    Attributes:
-        entries: the chosen entries, on the weight's device.
-        values: of shape `entries.values_shape`. A whole parameter of at least fp32 is its own slot and costs nothing extra.
-    """
-
-    def __init__(self, name: str, target: nn.Parameter, entries: Entries) -> None:
-        placed = entries.to(target.device)
-        dtype = torch.promote_types(target.dtype, torch.float32)
-        is_alias = isinstance(entries, Whole) and dtype == target.dtype
-        base = placed.gather(target)
-        super().__init__(name, target, target if is_alias else nn.Parameter(base.to(dtype)))
-        self.entries, self.is_alias, self._fingerprint = placed, is_alias, fingerprint(base)
-        self._start: Tensor | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def write(self) -> None:
-        if not self.is_alias:
-            self.entries.scatter_(self.target, self.values.detach())
-
-    def is_stale(self) -> bool:
-        return not self.is_alias and not torch.equal(self.entries.gather(self.target), self.values.detach().to(self.target))
-
-    def keep_start(self) -> None:
-        self._start = self.entries.gather(self.target).clone()
-
-    @torch.no_grad()
-    def damp(self, factor: float) -> Callable[[], None]:
-        assert self._start is not None
-        tuned = self.entries.gather(self.target).clone()
-        self.entries.scatter_(self.target, damped_values(self._start, tuned, factor))
-        return lambda: self.entries.scatter_(self.target, tuned)
-
-    def connect(self, module: nn.Module | None, *, partial: bool) -> None:
-        """Let gradients reach `values`: through a partial product in `module`, else gathered from the dense one."""
-        if self.is_alias:
-            self.target.requires_grad_(True)
-        elif module is not None and partial:
-            partial_linear.install(module, self, transposed=is_transposed(module))
-            self._remove = lambda: partial_linear.remove(module)
-        else:
-            self.is_gathered = True
-            self.target.requires_grad_(True)
-            self._remove = self.target.register_post_accumulate_grad_hook(self._gather_gradient).remove
-
-    def state(self) -> dict[str, Tensor]:
-        return {"values": self.values.detach().clone()}
-
-    def check(self, state: Mapping[str, Tensor], fingerprint: str | None) -> None:
-        if fingerprint != self.fingerprint or "values" not in state or state["values"].shape != self.values.shape:
-            raise ValueError(
-                f"resume: {self.name}: the checkpoint has other entries, or another base model, or permute or exclude "
-                "has changed since"
-            )
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self.values.copy_(state["values"])
-
-    def _gather_gradient(self, target: Tensor) -> None:
-        """Keep the chosen entries of the dense gradient and free it at once."""
-        assert target.grad is not None
-        chosen = self.entries.gather(target.grad).to(self.values.dtype)
-        self.values.grad = chosen if self.values.grad is None else self.values.grad.add_(chosen)
-        target.grad = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedSlot:
-        """Follow the model to another device, never to a narrower type: `model.bfloat16()` leaves slots in fp32."""
-        if not self.is_alias:
-            device = fn(torch.empty(0, device=self.values.device)).device
-            self.values.data = self.values.data.to(device)
-            self.values.grad = None if self.values.grad is None else self.values.grad.to(device)
-            self.entries = self.entries.to(device)
-        if self._start is not None:
-            self._start = fn(self._start)
-        return self
+__all__ = ["Slots"]
 
 
 @final
@@ -251,7 +81,7 @@ class Slots(nn.Module):
             slot.load(states[slot.name])
         self.write()
 
-    def settle(self) -> None:
+    def write_if_stale(self) -> None:
         """Make sure that the weights are the values, before they leave the model.
 
         Raises:
@@ -270,27 +100,6 @@ class Slots(nn.Module):
                 stacklevel=3,
             )
             self.write()
-
-
-def refuse_differing_ranks(selection: Selection) -> None:
-    """Refuse to go on where the processes of a distributed run chose different entries.
-
-    Raises:
-        ValueError: on every rank.
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    own = [(name, e.kind, None if isinstance(e, Whole) else fingerprint(e.flat())) for name, e in selection.items()]
-    ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, own)
-    if any(other != own for other in ranks):
-        raise ValueError("the processes of this run chose different entries; give every one the same probe, seed and exclude")
-
-
-def damped_values(start: Tensor, tuned: Tensor, factor: float) -> Tensor:
-    """start + factor · (tuned − start), taken in at least fp32, in the type of `tuned`."""
-    wide = torch.promote_types(tuned.dtype, torch.float32)
-    return (start.to(wide) + factor * (tuned.to(wide) - start.to(wide))).to(tuned.dtype)
 
 
 def _check(parameters: dict[str, nn.Parameter], selection: Selection) -> None:

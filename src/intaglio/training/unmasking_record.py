@@ -1,48 +1,90 @@
-"""Where step-by-step unmasking spent its budget: a run's record of it, and what other rules would have chosen."""
+"""A record of step-by-step unmasking: where a run spent its budget, and what other rules would have chosen."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
+from torch import Tensor
 
+from ..core import scores
+from ..core.budget import TopK, top_k
+from ..core.entries import from_flat
 from ..core.files import read_mapping
-from ..core.selection import Elements, Selection
-from ..methods import PaFi
-from .tuner import Tuner
-from .unmasking import Unmasking
+from ..core.selection import Selection
+from .candidates import by_rank, scan
+from .growing_slot import GrowingSlot
 
-__all__ = ["FILE", "Insight", "read"]
+if TYPE_CHECKING:
+    from .unmasking import Unmasking
+
+__all__ = ["FILE", "UnmaskingRecord", "read"]
 
 FILE, _POINTS = "unmasking.json", 100
 
 
 @final
-class Insight:
-    """Follows a run from its first update.
+class UnmaskingRecord:
+    """A record of a run from its first update on.
+
+    It also follows two rules that choose once, with the same budget: by the smallest weights (PaFi), and by the largest
+    gradients of the first update, which costs one more pass over each of those.
 
     Args:
-        tuner: just attached, with a method that chooses while training.
+        unmasking: just connected.
     """
 
-    def __init__(self, tuner: Tuner) -> None:
-        assert tuner.unmasking is not None
-        self._unmasking = tuner.unmasking
-        self._references = {"smallest weights (PaFi)": _smallest(tuner, self._unmasking)}
-        self._unmasking.rank_first_gradients()
+    def __init__(self, unmasking: Unmasking) -> None:
+        self._unmasking, self._budget = unmasking, sum(unmasking.candidates.budgets)
+        self._smallest = top_k(_negative_sizes(unmasking), self._budget)
+        self._first: TopK | None = None  # of the largest gradients of the first update
+        self.restart()
 
-    def save(self, path: Path) -> dict[str, Any]:
-        """Write and return the record: per parameter how many entries were chosen by which update, and overlaps."""
-        selection = self._unmasking.selection
-        static = self._unmasking.first_gradients
-        references = self._references | ({} if static is None else {"largest first gradients (static |g|)": static})
-        overlap = {name: {"entries": n, "share": n / max(selection.size, 1)} for name, n in _overlaps(selection, references)}
+    def restart(self) -> None:
+        """Forget the gradients of an update that was not made."""
+        if self._unmasking.step == 0 and self._unmasking.updates.accumulation != "lean":
+            self._first = TopK(self._budget)
+
+    def resume(self, step: int) -> None:
+        """Go on after update number `step`, when the first update's gradients are gone."""
+        self._first = None if step else self._first
+
+    def see(self, rank: int, slot: GrowingSlot, flat: Tensor) -> None:
+        """Look at a gradient, flat, of the candidate at `rank`."""
+        if self._unmasking.step == 0 and self._first is not None:
+            barred = [] if slot.excluded is None else [slot.excluded]
+            if not scan(flat, slot.target.detach().reshape(-1), _Size(), self._first, rank, barred):
+                self._first = None
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write `unmasking.json`: per parameter how many entries were chosen by which update, and overlaps. Returns it."""
+        chosen = self._unmasking.unmasked
+        others = {"smallest weights (PaFi)": self._smallest}
+        if self._first is not None and self._unmasking.step:
+            others["largest first gradients (static |g|)"] = self._largest(self._first)
+        overlaps = {name: chosen.overlap(other) for name, other in others.items()}
+        overlap = {name: {"entries": n, "share": n / max(chosen.size, 1)} for name, n in overlaps.items()}
         record = _record(self._unmasking) | {"overlap": overlap}
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return record
+
+    def _largest(self, first: TopK) -> Selection:
+        slots, winners = list(self._unmasking.slots.values()), by_rank(*first.winners())
+        return Selection({slots[r].name: from_flat(tuple(slots[r].target.shape), o.sort().values) for r, (o, _) in winners})
+
+
+@final
+class _Size:
+    """Scores by |gradient| alone."""
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return scores.gradient(gradient)
+
+    def least_gradient(self, score: float) -> float:
+        return max(score, 0.0)
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -59,16 +101,13 @@ def read(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def _smallest(tuner: Tuner, unmasking: Unmasking) -> Selection:
-    """What PaFi would choose among the same candidates under the same budget."""
-    slots = unmasking.slots
-    excluded = {n: Elements(tuple(s.target.shape), s.excluded.cpu()) for n, s in slots.items() if s.excluded is not None}
-    method = PaFi(budget=sum(unmasking.budgets), include=tuple(slots))
-    return method.choose({}, tuner.model, 0, None, Selection(excluded))[0]
-
-
-def _overlaps(selection: Selection, references: Mapping[str, Selection]) -> list[tuple[str, int]]:
-    return [(name, selection.overlap(reference)) for name, reference in references.items()]
+def _negative_sizes(unmasking: Unmasking) -> Iterator[tuple[str, Tensor]]:
+    """−|w| of each candidate, −∞ where it is excluded."""
+    for name, slot in unmasking.slots.items():
+        score = -scores.magnitude(slot.target)
+        if slot.excluded is not None:
+            score.view(-1)[slot.excluded] = float("-inf")
+        yield name, score
 
 
 def _record(unmasking: Unmasking) -> dict[str, Any]:
@@ -76,18 +115,18 @@ def _record(unmasking: Unmasking) -> dict[str, Any]:
     at = sorted({round(updates * i / _POINTS) for i in range(1, _POINTS + 1)} - {0}) if updates else []
     chosen, writes = {}, 0
     for name, slot in unmasking.slots.items():
-        born = slot.born.long().cpu()
+        born = slot.held.born.long().cpu()
         if born.numel():
             chosen[name] = torch.bincount(born, minlength=updates + 1).cumsum(0)[at].tolist()
             writes += int((updates + 1 - born).sum())
-    touched = unmasking.selection.size
-    renews = unmasking.method.renews
+    touched = unmasking.unmasked.size
+    anew = unmasking.method.chooses_anew
     return {
         "updates": updates,
-        "budget": sum(unmasking.budgets),
+        "budget": sum(unmasking.candidates.budgets),
         "trained": unmasking.chosen,
         "touched": touched,
-        "writes": sum(unmasking.budgets) * updates if renews else writes,
+        "writes": sum(unmasking.candidates.budgets) * updates if anew else writes,
         "accumulation": unmasking.updates.accumulation,
         "at": at,
         "chosen": chosen,

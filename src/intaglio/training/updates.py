@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..method_kinds import fields
 from .growing_slot import GrowingSlot
 
-__all__ = ["Updates", "correct_ages", "follow", "refuse_kind", "refuse_optimizer"]
+__all__ = ["Steps", "Updates", "correct_ages", "follow", "refuse_kind", "refuse_optimizer", "take_back"]
 
 _COUPLED = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
 _SIGN_HISTORY = ("Rprop",)  # its step sizes start at lr, not at zero
@@ -64,6 +64,55 @@ class Updates:
         if (self.accumulation, self.clip) == ("lean", "dense"):
             problems.append("clip='dense': the norm of a sum needs whole gradients, which 'lean' does not keep; take 'exact'")
         fields.refuse("Updates", problems)
+
+    def refuse_passes(self, where: str) -> None:
+        """Refuse a further backward pass of one update, unless it was said how gradients add up.
+
+        Raises:
+            ValueError: beginning with `where`.
+        """
+        if self.accumulation == "none":
+            raise ValueError(
+                f"{where}: say how gradients add up, with attach(…, updates=Updates(accumulation='exact')), which keeps whole "
+                "gradients until the update, or 'lean', which keeps only those of candidates (approximate)"
+            )
+
+
+@final
+class Steps:
+    """The steps of an optimizer over entries that come while it runs.
+
+    Args:
+        slots: name → what it steps.
+        updates: how updates are made.
+    """
+
+    def __init__(self, slots: Mapping[str, GrowingSlot], updates: Updates) -> None:
+        self._slots, self._by_age = slots, updates.bias_correction == "per_entry"
+        self._start: dict[str, Tensor] = {}
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make pending choices final, and let the optimizer's state follow them."""
+        for slot in self._slots.values():
+            follow(optimizer, slot)
+            slot.commit()
+        if self._by_age:
+            self._start = {name: slot.values.detach().clone() for name, slot in self._slots.items()}
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the step anew where each entry is corrected by its own age."""
+        if self._by_age:
+            correct_ages(optimizer, self._slots.values(), self._start)
+            self._start = {}
+
+
+def take_back(optimizer: torch.optim.Optimizer, slots: Iterable[GrowingSlot]) -> None:
+    """Let an optimizer's step change nothing: pending choices go, and every gradient with them."""
+    for slot in slots:
+        slot.restore()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def refuse_optimizer(optimizer: torch.optim.Optimizer, slots: Iterable[GrowingSlot], updates: Updates) -> None:

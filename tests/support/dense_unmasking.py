@@ -1,4 +1,4 @@
-"""The plain twin of `streaming`: whole gradients, whole masks, an optimizer over all weights; slow, large and easy to read."""
+"""The plain twin of `training.unmasking`: whole gradients and masks, an optimizer over all weights; slow, large, easy to read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from ..core.selection import Selection, Whole
-from ..method_kinds.method import State
-from ..method_kinds.update_method import UpdateMethod
+from intaglio.core.entries import Whole
+from intaglio.core.selection import Selection
+from intaglio.method_kinds.update_method import UpdateMethod
 
 __all__ = ["DenseUnmasking"]
 
@@ -42,9 +42,9 @@ class DenseUnmasking:
         exclude: Selection | None = None,
     ) -> None:
         self.model, self.method, self.step = model, method, 0
-        self._state: State = {}
+        self._chosen = Selection()
         self._exclude = exclude or Selection()
-        self._whole = Selection({name: Whole(tuple(p.shape)) for name, p in method.always(model).items()})
+        self._whole = Selection({name: Whole(tuple(p.shape)) for name, p in method.trained_whole(model).items()})
         self.selection = self._whole
         wide = {name: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for name, p in model.named_parameters()}
         self._weights = {name: nn.Parameter(p.clone()) for name, p in wide.items()}
@@ -58,8 +58,8 @@ class DenseUnmasking:
     @torch.no_grad()
     def choose(self) -> None:
         """Choose by the gradients that the model's parameters hold, and set those of masked entries to 0."""
-        chosen, self._state = self.method.choose(self._state, self.model, self.step, None, self._exclude)
-        self.selection = chosen.union(self._whole)
+        self._chosen = self.method.choose_next(self.model, self._chosen, self.step + 1, self._exclude)
+        self.selection = self._chosen.union(self._whole)
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(self._masked(name), 0)

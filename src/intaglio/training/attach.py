@@ -1,0 +1,92 @@
+"""Attach a method to a model. This file names no method, and the regimes in one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..core.entries import Whole
+from ..core.fingerprint import is_attached
+from ..core.probe import Probe
+from ..core.selection import Selection
+from ..method_kinds.method import NOTHING, Method, refuse_foreign
+from ..model import peft_layers
+from .fixed_choice import FixedChoice
+from .regime import Regime, Wish
+from .rotation import Rotation
+from .tuner import Tuner
+from .unmasking import Unmasking
+from .updates import Updates
+
+__all__ = ["REGIMES", "attach"]
+
+REGIMES: dict[str, type[Regime[Any]]] = {regime.name: regime for regime in (FixedChoice, Unmasking, Rotation)}
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    probe: Probe | None = None,
+    exclude: Selection | None = None,
+    base: str | None = None,
+    partial: bool = True,
+    permute: bool = False,
+    selection: Selection | None = None,
+    updates: Updates | None = None,
+) -> Tuner:
+    """Freeze `model`, let `method` choose what may change, and make just that trainable, in place.
+
+    The model stays what it was: it trains, generates and saves as before, and its weights are always the tuned ones.
+
+    Args:
+        model: any `nn.Module`; methods that choose structures need a transformer.
+        method: what to select, e.g. `S2FT(down=0.02)`.
+        probe: data for methods that look at data.
+        exclude: entries that must stay frozen, e.g. another adapter's selection.
+        base: name of the base model for the adapter; default `model.config._name_or_path`, without local paths.
+        partial: use the partial product where it is exact; False takes the dense gradient everywhere (the reference
+            twin: same result, more memory).
+        permute: reorder the chosen heads and channels to the front while attached, so that their slices are dense
+            (co-permutation). Same result; outputs are checked; undone by `detach` and never visible in a Delta.
+        selection: what `method` chose earlier, for a run that goes on; default: ask it.
+        updates: for a method that chooses at every update, how gradients add up, are clipped and corrected; default
+            `Updates()`.
+
+    Parameters that are frozen (`requires_grad` False) while others are not stay frozen: on a PEFT model, the method
+    chooses among the adapter's tensors.
+
+    Returns:
+        The tuner that owns the training state.
+
+    Raises:
+        ValueError: where the model is attached already, or the method does not fit it; the model is then unchanged.
+
+    Example:
+        >>> tuner = attach(model, S2FT(o=0.05, down=0.02))
+        >>> optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-3)
+        >>> loss = model(**batch).loss; loss.backward(); optimizer.step(); optimizer.zero_grad()
+        >>> tuner.save("adapter")
+    """
+    if is_attached(model):
+        raise ValueError("this model has a tuner attached already; call its detach() first")
+    refuse_foreign(exclude or NOTHING, model)
+    left_alone = (exclude or NOTHING).union(_frozen(model))
+    wish = Wish(probe=probe, exclude=left_alone, permute=permute, selection=selection, updates=updates)
+    regimes = [REGIMES[name](model, applied, wish) for name, applied in method.regimes]
+    return Tuner(model, method, regimes, base=base, partial=partial)
+
+
+def _frozen(model: nn.Module) -> Selection:
+    """The parameters that its user froze; none where all are frozen, as in a model loaded for inference.
+
+    Raises:
+        ValueError: for a PEFT model whose adapter is frozen.
+    """
+    parameters = dict(model.named_parameters())
+    if not any(p.requires_grad for p in parameters.values()):
+        if peft_layers.is_peft(model):
+            raise ValueError("this PEFT model's adapter is frozen: load it with PeftModel.from_pretrained(…, is_trainable=True)")
+        return Selection()
+    return Selection({name: Whole(tuple(p.shape)) for name, p in parameters.items() if not p.requires_grad})
