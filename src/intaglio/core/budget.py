@@ -1,4 +1,4 @@
-"""Spending a budget: from a count or a share to a number of entries, and from scores to the entries themselves."""
+"""A budget, spent: from a count or a share to a number of entries, and from scores to the entries themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a budget is granted over a run: a schedule is `step -> share of the budget`, an exact fraction in [0, 1].
+"""Schedules of a budget over a run: a schedule is `step -> share of the budget`, an exact fraction in [0, 1].
 
 Fractions, not floats, so that `granted` (a floor) never misses an entry through rounding.
 """

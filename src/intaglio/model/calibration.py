@@ -1,4 +1,4 @@
-"""How strongly each head, channel or weight acts: norms and means of what a calibration set makes of the model.
+"""Norms and means of what a calibration set makes of a model: how strongly each head, channel or weight acts.
 
 Norms of heads and channels are taken on the reading side of a structure: the columns of `down` for an FFN channel, of `o`
 for a query head and, under grouped-query attention, of `o` for all query heads that a key-value head serves (S2FT, arXiv

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["FAMILIES", "ROLES", "Family", "Part"]
+__all__ = ["FAMILIES", "ROLES", "Family", "Role"]
 
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where one role lives inside a layer: a module path, and its place if several roles share one fused weight."""
+class Role:
+    """The weight of one role inside a layer: a module path, and its place if several roles share one fused weight."""
 
     path: str
     fused: str = ""  # "": alone; "blocks": role after role (Phi-3); "heads": interleaved head by head (GPT-NeoX)
@@ -33,19 +33,19 @@ class Family:
     """
 
     name: str
-    parts: Mapping[str, Part]
+    roles: Mapping[str, Role]
     followers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def _separate(**paths: str) -> dict[str, Part]:
-    return {role: Part(path) for role, path in paths.items()}
+def _separate(**paths: str) -> dict[str, Role]:
+    return {role: Role(path) for role, path in paths.items()}
 
 
-def _fused(path: str, fused: str, *order: str, parameter: str = "weight") -> dict[str, Part]:
-    return {role: Part(path, fused, order, parameter) for role in order}
+def _fused(path: str, fused: str, *order: str, parameter: str = "weight") -> dict[str, Role]:
+    return {role: Role(path, fused, order, parameter) for role in order}
 
 
-def _attention(path: str, o: str = "o_proj") -> dict[str, Part]:
+def _attention(path: str, o: str = "o_proj") -> dict[str, Role]:
     return _separate(**{role: f"{path}.{role}_proj" for role in "qkv"}, o=f"{path}.{o}")
 
 
@@ -66,7 +66,7 @@ FAMILIES: tuple[Family, ...] = (
         "mixture_of_experts",
         _attention("self_attn")
         | _fused("mlp.experts", "blocks", "gate", "up", parameter="gate_up_proj")
-        | {"down": Part("mlp.experts", parameter="down_proj")},
+        | {"down": Role("mlp.experts", parameter="down_proj")},
         _NORMS,
     ),
     Family("opt", _attention("self_attn", "out_proj") | _separate(up="fc1", down="fc2")),

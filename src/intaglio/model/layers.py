@@ -1,4 +1,4 @@
-"""Which layer of a model's stack each parameter belongs to: by structure, never by class or attribute names."""
+"""Stacks of layers, and which layer each parameter belongs to: by structure, never by class or attribute names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import final
 
 from torch import nn
 
-__all__ = ["Layers", "stacks"]
+__all__ = ["Stack", "stacks"]
 
 
 @final
 @dataclass(frozen=True)
-class Layers:
-    """Parameters by layer.
+class Stack:
+    """A model's layers, and the parameters in each.
 
     Attributes:
         paths: module path of each layer, in the model's order; of an encoder and a decoder, one after the other.
@@ -30,7 +30,7 @@ class Layers:
         return len(self.paths)
 
 
-def stacks(model: nn.Module, names: Iterable[str]) -> Layers:
+def stacks(model: nn.Module, names: Iterable[str]) -> Stack:
     """Group parameters by the layers of the model's stacks.
 
     A stack is an outermost `nn.ModuleList`, or `nn.Sequential` of children of one type, in which at least two children hold
@@ -71,7 +71,7 @@ def stacks(model: nn.Module, names: Iterable[str]) -> Layers:
             f"something to train; this does not fit methods that train a few layers at a time (trained: {_shown(names)})"
         )
     inside = {name for group in found.values() for name in group}
-    return Layers(tuple(found), tuple(map(tuple, found.values())), tuple(name for name in names if name not in inside))
+    return Stack(tuple(found), tuple(map(tuple, found.values())), tuple(name for name in names if name not in inside))
 
 
 def _is_list(module: nn.Module) -> bool:

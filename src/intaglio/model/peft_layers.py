@@ -1,4 +1,4 @@
-"""What a PEFT model looks like; the only place below `hf/` that knows. PEFT is imported only where a model uses it."""
+"""The layers of a PEFT model; only here below `peft_tuners/` are they known. PEFT is imported only where a model uses it."""
 
 from __future__ import annotations
 

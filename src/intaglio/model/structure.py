@@ -1,4 +1,4 @@
-"""What a transformer is made of: decoder layers, attention heads, FFN channels, and where each sits in the weights.
+"""The layers, attention heads and FFN channels of a transformer, and where each sits in the weights.
 
 Reads the rows of `families.FAMILIES`. Where no row fits, the FFN of a home-made stack is found by its shapes alone; what
 cannot be described is refused by name.
@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .families import FAMILIES, Family, Part
+from .families import FAMILIES, Family, Role
 
 __all__ = ["Layer", "Projection", "describe", "is_linear", "is_transposed", "layer_matrices", "refuse_shared"]
 
@@ -159,10 +159,10 @@ class _Found:
         return self.weight.shape[self.dim(reads=reads)]
 
 
-def _find(layer: nn.Module, part: Part) -> _Found | None:
-    """The weight of a part, below PEFT's wrapper where there is one."""
-    module, path = layer, part.path
-    for step in part.path.split("."):
+def _find(layer: nn.Module, place: Role) -> _Found | None:
+    """The weight of a role, below PEFT's wrapper where there is one."""
+    module, path = layer, place.path
+    for step in place.path.split("."):
         child = module._modules.get(step)
         if child is None:
             return None
@@ -170,15 +170,15 @@ def _find(layer: nn.Module, part: Part) -> _Found | None:
     base = module._modules.get("base_layer")
     if base is not None:
         module, path = base, f"{path}.base_layer"
-    weight = module._parameters.get(part.parameter)
-    expected = 2 if part.parameter == "weight" else 3
+    weight = module._parameters.get(place.parameter)
+    expected = 2 if place.parameter == "weight" else 3
     if weight is None or weight.dim() != expected:
         return None
-    return _Found(f"{path}.{part.parameter}", weight, is_transposed(module))
+    return _Found(f"{path}.{place.parameter}", weight, is_transposed(module))
 
 
 def _family_of(layer: nn.Module) -> Family | None:
-    return next((f for f in FAMILIES if all(_find(layer, part) is not None for part in f.parts.values())), None)
+    return next((f for f in FAMILIES if all(_find(layer, role) is not None for role in f.roles.values())), None)
 
 
 def _refuse_unknown(model: nn.Module, known: set[str]) -> None:
@@ -219,10 +219,10 @@ def _heads(model: nn.Module, reads: int) -> _Heads:
 
 
 def _by_family(model: nn.Module, name: str, layer: nn.Module, family: Family) -> Layer:
-    found = {role: weight for role, part in family.parts.items() if (weight := _find(layer, part)) is not None}
+    found = {role: weight for role, part in family.roles.items() if (weight := _find(layer, part)) is not None}
     heads, channels = _heads(model, found["o"].width(reads=True)), found["down"].width(reads=True)
     projections = {}
-    for role, part in family.parts.items():
+    for role, part in family.roles.items():
         units, width = (channels, 1) if role in _FFN else (heads.units(role), heads.width)
         offset, stride = _place(role, part, heads, channels)
         size = sum(channels if r in _FFN else heads.units(r) * heads.width for r in part.order or (role,))
@@ -232,13 +232,13 @@ def _by_family(model: nn.Module, name: str, layer: nn.Module, family: Family) ->
     return Layer(name, projections, followers)
 
 
-def _place(role: str, part: Part, heads: _Heads, channels: int) -> tuple[int, int]:
+def _place(role: str, weight: Role, heads: _Heads, channels: int) -> tuple[int, int]:
     """(offset, stride) of a role's units inside its weight."""
     width = 1 if role in _FFN else heads.width
-    position = part.order.index(role) if part.fused else 0
-    if part.fused == "heads":
-        return position * width, len(part.order) * width
-    before = part.order[:position]
+    position = weight.order.index(role) if weight.fused else 0
+    if weight.fused == "heads":
+        return position * width, len(weight.order) * width
+    before = weight.order[:position]
     return sum(channels if r in _FFN else heads.units(r) * heads.width for r in before), width
 
 
@@ -254,7 +254,7 @@ def _projection(layer: str, found: _Found, role: str, units: int, width: int, of
 
 def _by_shape(name: str, layer: nn.Module) -> Layer | None:
     """Describe the one FFN of an unknown layer; None where there is none, or more than one (experts)."""
-    attention = {part.path.rpartition(".")[0] for family in FAMILIES for part in family.parts.values() if _find(layer, part)} - {
+    attention = {part.path.rpartition(".")[0] for family in FAMILIES for part in family.roles.values() if _find(layer, part)} - {
         ""
     }
     found = []

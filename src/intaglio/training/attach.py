@@ -1,4 +1,4 @@
-"""Attach a method to a model. This file names no method, and the regimes in one table."""
+"""The door: a method attached to a model. This file names no method, and the regimes in one table."""
 
 from __future__ import annotations
 

@@ -85,6 +85,11 @@ def _peaks(gradient: Tensor) -> Tensor:
 
 def _reaching(gradient: Tensor, peaks: Tensor, least: float) -> Tensor:
     """Offsets, ascending, where |gradient| ≥ least; unless they are many, only blocks whose peak reaches it are looked at."""
+    # Once a few tensors were seen, almost no entry can still be among the best, and `least` says which gradients could make
+    # it one. A block's peak was taken anyway, to find what is not finite. So we read a peak per 1,024 entries, and then only
+    # the blocks that hold something: a comparison of the whole chunk would write a mask as long as the chunk and read it back.
+    # Where a quarter of the blocks is reached, gathering them costs more than it saves. The last block may be short, and is
+    # looked at by itself; offsets stay ascending, since `TopK` breaks ties by the first.
     rows = (peaks >= least).nonzero().flatten()
     if 4 * rows.numel() > peaks.numel():
         return (gradient.abs() >= least).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""What a rotation damps and lets rest: trained tensors, and the responses of adapters."""
+"""Trained tensors that a rotation switches off and damps, and the damping of layers for a probe."""
 
 from __future__ import annotations
 

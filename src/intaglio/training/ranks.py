@@ -1,4 +1,4 @@
-"""What the processes of a distributed run agree on; alone, every function gives back what it was given."""
+"""Agreement between the processes of a distributed run; alone, every function gives back what it was given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides, as training goes on, what trains next: the protocol that a tuner speaks with every such regime."""
+"""A regime, which decides, as training goes on, what trains next: the protocol that a tuner speaks with each."""
 
 from __future__ import annotations
 

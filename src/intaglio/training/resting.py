@@ -1,4 +1,4 @@
-"""What follows for a model's forward passes from layers that rest: no dropout in them, no graph below the active ones."""
+"""Idle layers kept cheap in a model's forward passes: no dropout in them, no graph below the active ones."""
 
 from __future__ import annotations
 
@@ -82,6 +82,11 @@ class Resting:
 
     def _cut(self, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Detach what enters the first layer where no trained parameter is before it."""
+        # transformers and PEFT let the embeddings' output require grad, for reentrant checkpointing would otherwise see no
+        # input to differentiate. Nobody needs that gradient, yet backward would run through every frozen layer to form it,
+        # and their activations would be kept for it. Cutting it lets backward end at the lowest active layer. Three must stay:
+        # inputs that lead back to a trained parameter (embeddings that train too), the second run of a layer that reentrant
+        # checkpointing makes inside backward, and compiled graphs, where a detach would be traced for good.
         tensors = [x for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
         # In a backward pass, reentrant checkpointing runs the layer again, on inputs that have lost their history.
         again = torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1

@@ -26,6 +26,12 @@ class _Tie:
     Only what autograd alone keeps alive is found, and only by the backward that formed it: it ends with the last use.
     """
 
+    # Autograd sums the gradients of a tensor's uses in a buffer of the graph task, which we cannot reach. But the head's
+    # backward runs first and hands autograd a tensor that we made: while that stands in the buffer, a weak reference finds it,
+    # and the embedding may add its rows there in place. If autograd has replaced it (a third use, a hook, anomaly mode), the
+    # reference is dead, nothing is found, and the embedding gives an ordinary gradient. The number of the graph task keeps
+    # two backward passes that are under way at once, nested or in threads, from writing into each other's buffers.
+
     def __init__(self) -> None:
         self._task, self._kept = -1, lambda: None
 

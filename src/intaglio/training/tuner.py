@@ -1,4 +1,4 @@
-"""The trainable part of a model: sequencing only. This file names no method."""
+"""A tuner, the trainable part of a model: sequencing only. This file names no method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an optimizer acts on entries that come while it runs: its state follows them, its options reach only them."""
+"""Updates of entries that come while an optimizer runs: its state follows them, its options reach only them."""
 
 from __future__ import annotations
 
