@@ -8,25 +8,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what type checkers see of `_HOME`; a test holds the two against each other
     from .adapter.delta import Delta as Delta
     from .adapter.fuse import fuse as fuse
     from .adapter.pool import AdapterPool as AdapterPool
+    from .core.entries import Elements as Elements
+    from .core.entries import Slices as Slices
+    from .core.entries import Whole as Whole
     from .core.probe import Batches as Batches
     from .core.selection import Selection as Selection
-    from .methods import ID3 as ID3
-    from .methods import IST as IST
-    from .methods import LISA as LISA
-    from .methods import RST as RST
-    from .methods import S2FT as S2FT
-    from .methods import SNIP as SNIP
-    from .methods import BitFit as BitFit
-    from .methods import FishMask as FishMask
-    from .methods import Full as Full
-    from .methods import PaFi as PaFi
-    from .methods import Random as Random
-    from .methods import SHiRA as SHiRA
-    from .methods import StaticGradient as StaticGradient
+    from .method_kinds.entry_method import EntryMethod as EntryMethod
+    from .method_kinds.entry_method import ScoredMethod as ScoredMethod
+    from .method_kinds.method import Method as Method
+    from .method_kinds.unit_method import UnitMethod as UnitMethod
+    from .methods import *  # noqa: F403
     from .runs.train import train as train
     from .training.attach import attach as attach
     from .training.tuner import Tuner as Tuner
@@ -34,61 +29,41 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_HOME = {  # all others are methods, and live in `methods`
     "attach": "training.attach",
     "Tuner": "training.tuner",
+    "Updates": "training.updates",
     "Delta": "adapter.delta",
     "fuse": "adapter.fuse",
     "AdapterPool": "adapter.pool",
     "Selection": "core.selection",
+    "Whole": "core.entries",
+    "Slices": "core.entries",
+    "Elements": "core.entries",
     "Batches": "core.probe",
-    "S2FT": "methods",
-    "ID3": "methods",
-    "IST": "methods",
-    "LISA": "methods",
-    "RST": "methods",
-    "StaticGradient": "methods",
-    "SNIP": "methods",
-    "Random": "methods",
-    "PaFi": "methods",
-    "SHiRA": "methods",
-    "FishMask": "methods",
-    "BitFit": "methods",
-    "Full": "methods",
-    "Updates": "training.updates",
+    "Method": "method_kinds.method",
+    "EntryMethod": "method_kinds.entry_method",
+    "ScoredMethod": "method_kinds.entry_method",
+    "UnitMethod": "method_kinds.unit_method",
     "train": "runs.train",
 }
-__all__ = [
-    "ID3",
-    "IST",
-    "LISA",
-    "RST",
-    "S2FT",
-    "SNIP",
-    "AdapterPool",
-    "Batches",
-    "BitFit",
-    "Delta",
-    "FishMask",
-    "Full",
-    "PaFi",
-    "Random",
-    "SHiRA",
-    "Selection",
-    "StaticGradient",
-    "Tuner",
-    "Updates",
-    "attach",
-    "fuse",
-    "train",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name == "__all__":
+        return sorted([*_HOME, *_methods()])
+    if not name.startswith("_") and name in _methods():
+        return _methods()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*_HOME, *_methods(), "__version__"])
+
+
+def _methods() -> dict[str, Any]:
+    from .methods import METHODS
+
+    return {cls.__name__: cls for cls in METHODS.values()}

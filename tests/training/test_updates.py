@@ -145,7 +145,7 @@ def test_bias_correction_of_a_late_entry(correction, unmasked, first, peak):
     """Row 10: constant gradient; global as in section 1.7, per entry as a fresh Adam: 30 updates move 30 lr."""
     model, lr = Leaves(torch.zeros(2)), 1e-3
     tuner = attach(model, ID3(budget=2, mode="repeat"), updates=Updates(bias_correction=correction))
-    tuner.unmasking.method = _Late(tuner.method, unmasked)
+    tuner.unmasking.method = tuner.unmasking.candidates.method = _Late(tuner.method, unmasked)
     optimizer = tuner.optimizer(torch.optim.AdamW, lr=lr, weight_decay=0.0)
     places = [0.0]
     for _ in range(unmasked + 29):
@@ -184,10 +184,10 @@ def test_the_age_of_an_entry_counts_its_own_updates(idle):
 class _Late:
     """One entry at once, all of the rest at update `unmasked`."""
 
-    steps_needed = renews = False
+    steps_needed = chooses_anew = False
 
     def __init__(self, method, unmasked):
-        self.score, self.least_gradient, self.unmasked = method.score, method.reach, unmasked
+        self.score, self.least_gradient, self.unmasked = method.score, method.least_gradient, unmasked
 
     def granted(self, budget, step):
         return budget if step >= self.unmasked else 1
