@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from intaglio import ID3, SNIP, Selection, StaticGradient, attach
-from intaglio.core.entries import Whole
+from intaglio.core.entries import Elements, Slices, Whole
 from intaglio.methods import build
 from support.unmasking import Leaves, adamw, both, chosen, gradients, leaves, loss, normal, offsets, stable_top, weights
 
@@ -287,3 +287,20 @@ def test_a_quantized_base_is_refused():
     model[1].weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"1.*: quantized \(.*single entries need a floating-point base"):
         attach(model, ID3(budget=2))
+
+
+def test_a_parameter_is_trained_whole_or_excluded():
+    with pytest.raises(ValueError, match=r"ID3: 1 matches whole and exclude: it is trained, or it is frozen"):
+        attach(leaves((3, 4), (5,)), ID3(budget=2, steps=2, whole=("1",), exclude=("1",)))
+
+
+def test_a_share_is_of_what_is_not_excluded():
+    """The plain twin too: 24 candidates, 8 of them another adapter's; half of 16."""
+    model, other = (
+        leaves((4, 6)),
+        Selection({"0": Slices((4, 6), 0, torch.tensor([0]))}).union({"0": Elements((4, 6), torch.tensor([7, 9]))}),
+    )
+    model.backward(normal(4, 6, seed=3))
+    chosen = ID3(budget=0.5, mode="static").choose_next(model, Selection(), 1, other)
+    assert chosen.size == 8
+    assert chosen.overlap(other) == 0

@@ -299,3 +299,18 @@ def test_draws_are_pinned():
 
 
 PINNED = [[0, 3], [0, 5], [3, 5]]
+
+
+def test_a_block_is_overdue_after_eight_rounds_of_all_draws_rounded_up():
+    """8 layers, 3 at a time: a round takes 3 draws, so that a layer is trained at the latest after 24."""
+    method = IST(layers=3, policy="contiguous", floor=0.0)
+    importance = torch.tensor([-800.0] * 4 + [800.0] * 4, dtype=torch.float64)
+    for age, forced in ((23, False), (24, True)):
+        active = method.active(importance, generator(), [age, *[0] * 7])
+        assert (0 in active) == forced
+
+
+def test_more_sets_than_draws_can_find_are_listed():
+    """924 sets of 6 of 12 layers: what 200 draws leave is taken in order."""
+    sets = IST(candidates=924).suppressed_sets(zeros(12), generator())
+    assert len({tuple(places) for places in sets}) == len(sets) == math.comb(12, 6)

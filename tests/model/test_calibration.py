@@ -277,3 +277,27 @@ def test_mistakes_are_explained_before_anything_changes():
         attach(model, S2FT(select="weight", o=0.5))
     assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_product_ranks_by_both_norms():
+    """Against weights and activations, each by itself."""
+    model, data = tiny.build("gqa_llama"), probe("gqa_llama")
+    layers = describe(model)
+    weights, inputs = weight_norms(model, layers), activation_norms(model, layers, data)
+    picked = chosen(model, data, o=None, down=0.25, select="product")
+    for layer in layers:
+        projection, key = layer.projections["down"], (layer.name, "channels")
+        expected = (weights[key] * inputs[key]).argsort(stable=True)[: projection.units // 4]
+        assert picked[projection.parameter].index.tolist() == sorted(expected.tolist())
+
+
+def test_a_probe_without_batches_is_refused():
+    class Nothing:
+        def batches(self):
+            return iter(())
+
+        def loss(self, model, batch):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="probe: it has no batches to calibrate on"):
+        S2FT(o=0.5, down=0.25, select="activation").choose(tiny.build("gqa_llama"), Nothing())
