@@ -40,7 +40,7 @@ class Page:
 def parser(doc: str | None, contestants: Iterable[str]) -> argparse.ArgumentParser:
     """The arguments that all benchmarks of training have."""
     parser = command_line.parser(doc)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="tiny: in seconds, to see that all runs")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="tiny: to see, with a rank of 1, that all runs")
     parser.add_argument("--length", type=int, default=128, help="tokens per row")
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--grid", choices=GRIDS, help="several cells instead of --shape, --length and --batch")
