@@ -1,4 +1,4 @@
-"""Agreement of llama.cpp with our GGUF LoRA and transformers with the tuned model, as a table.
+"""Agreement of llama.cpp, on our GGUF LoRA, with transformers, on the tuned model; as a table.
 
 The embedded SmolLM2 is dequantized into an F32 GGUF, whose weights are those that transformers loads: what differs then is the
 LoRA, not the rounding of a quantized base. Each adapter trains other projections, q and k (whose rows GGUF keeps in another

@@ -1,1 +1,1 @@
-"""What the benchmarks have in common: contestants, processes that take turns, tables, pictures and result files."""
+"""Common parts of the benchmarks: contestants, processes that take turns, tables, pictures and result files."""
