@@ -1,4 +1,4 @@
-"""Does llama.cpp compute with our GGUF LoRA what transformers computes with the tuned model? Prints a table.
+"""Agreement of llama.cpp, on our GGUF LoRA, with transformers, on the tuned model; as a table.
 
 The embedded SmolLM2 is dequantized into an F32 GGUF, whose weights are those that transformers loads: what differs then is the
 LoRA, not the rounding of a quantized base. Each adapter trains other projections, q and k (whose rows GGUF keeps in another
@@ -12,14 +12,14 @@ Exit code 1 where a probability differs by more than --tolerance (nats, of the l
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lib import command_line, gguf_engines
+from lib.tables import row, table
 
 PROMPTS = (
     "The three largest cities of Europe, by the number of people, are",
@@ -36,14 +36,10 @@ TOP = 5  # most likely next tokens compared per prompt
 
 def main() -> None:
     """Write the files, ask llama.cpp, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--tolerance", type=float, default=3e-2, help="greatest difference of a log probability; default 3e-2")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has xllamacpp or llama-cpp-python")
-    parser.add_argument("--ask", nargs=2, metavar=("REQUEST", "ANSWER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.ask:
-        _answer(*map(Path, options.ask))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         sys.exit(_check(Path(temporary), options.python, options.tolerance))
 
@@ -55,19 +51,15 @@ def _check(folder: Path, python: str, tolerance: float) -> int:
     model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     cases = dict(_cases(folder, model, prompts))
-    request = {"base": str(folder / "base.gguf"), "prompts": prompts, "top": TOP}
-    request["loras"] = {name: case["file"] for name, case in cases.items()}
-    (folder / "request.json").write_text(json.dumps(request))
-    ask = [python, __file__, "--ask", str(folder / "request.json"), str(folder / "answer.json")]
-    subprocess.run(ask, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    answers = json.loads((folder / "answer.json").read_text())
-    print(f"| adapter | its effect (nats) | greatest difference of the {TOP} best log probabilities | first token the same |")
-    print("|---|---|---|---|")
+    asked = {"base": str(folder / "base.gguf"), "prompts": prompts, "top": TOP}
+    answers = gguf_engines.ask(python, folder, asked | {"loras": {name: case["file"] for name, case in cases.items()}})
+    head = f"| adapter | its effect (nats) | greatest difference of the {TOP} best log probabilities | first token the same |"
+    print("\n".join(table(head, [], "llll")))
     failed = False
     for name, case in cases.items():
-        differences = [_difference(row, case["logs"][i]) for i, row in enumerate(answers[name])]
-        same = sum(int(row[0][0] == int(case["logs"][i].argmax())) for i, row in enumerate(answers[name]))
-        print(f"| {name} | {case['effect']:.2f} | {max(differences):.1e} | {same}/{len(prompts)} |")
+        differences = [_difference(best, case["logs"][i]) for i, best in enumerate(answers[name])]
+        same = sum(int(best[0][0] == int(case["logs"][i].argmax())) for i, best in enumerate(answers[name]))
+        print(row([name, f"{case['effect']:.2f}", f"{max(differences):.1e}", f"{same}/{len(prompts)}"]))
         failed |= (max(differences) > tolerance) != case["wrong"]
     return int(failed)
 
@@ -98,19 +90,16 @@ def _cases(folder: Path, model: Any, prompts: list[list[int]]) -> Iterator[tuple
 
 
 def _noise(model: Any, method: Any) -> Any:
-    """A Delta whose change is a tenth of each weight's spread: large, so that an error shows."""
+    """A Delta whose change is half of each weight's spread: large, so that an error shows."""
     import torch
 
-    from intaglio import Delta, Selection
-    from intaglio.core.fingerprint import fingerprint
+    from intaglio import attach
+    from lib.random_adapters import changed
 
-    chosen = method.choose(model, None, Selection())
-    parameters, values, prints = dict(model.named_parameters()), {}, {}
-    for name, entries in chosen.items():
-        base = entries.gather(parameters[name])
-        values[name] = base + 0.5 * base.std() * torch.randn_like(base)
-        prints[name] = fingerprint(base)
-    return Delta(chosen, values, prints)
+    tuner = attach(model, method)
+    places = tuner.selection.items()
+    tuner.detach()
+    return changed(dict(model.named_parameters()), places, lambda name, base: base + 0.5 * base.std() * torch.randn_like(base))
 
 
 def _write_in_base_order(module: Any, delta: Any, model: Any, path: Path) -> None:
@@ -138,8 +127,8 @@ def _logs(model: Any, prompts: list[list[int]]) -> list[Any]:
         return [model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1) for ids in prompts]
 
 
-def _difference(row: list[list[float]], logs: Any) -> float:
-    return max(abs(found - logs[int(token)].item()) for token, found in row)
+def _difference(best: list[list[float]], logs: Any) -> float:
+    return max(abs(found - logs[int(token)].item()) for token, found in best)
 
 
 def _dequantize(target: Path) -> None:
@@ -163,49 +152,6 @@ def _dequantize(target: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _answer(request: Path, answer: Path) -> None:
-    """In the other interpreter: the best next tokens and their log probabilities, by adapter and prompt."""
-    asked = json.loads(request.read_text())
-    try:
-        import xllamacpp  # noqa: F401
-
-        ask = _with_xllamacpp
-    except ImportError:
-        ask = _with_llama_cpp_python
-    found = {name: [ask(asked, file, ids) for ids in asked["prompts"]] for name, file in asked["loras"].items()}
-    answer.write_text(json.dumps(found))
-
-
-def _with_xllamacpp(asked: dict[str, Any], file: str | None, ids: list[int]) -> list[list[float]]:
-    import xllamacpp
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = asked["base"]
-    parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.port = 256, 1, False, 0
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    if file is not None:
-        adapter = xllamacpp.CommonAdapterLoraInfo()
-        adapter.path, adapter.scale = file, 1.0
-        parameters.lora_adapters = [adapter]
-    server = xllamacpp.Server(parameters)
-    options = {"n_predict": 1, "temperature": 0.0, "n_probs": asked["top"], "post_sampling_probs": False}
-    result = server.handle_completions({"prompt": ids, **options})
-    best = result["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    return [[entry["id"], entry["logprob"]] for entry in best]
-
-
-def _with_llama_cpp_python(asked: dict[str, Any], file: str | None, ids: list[int]) -> list[list[float]]:
-    import llama_cpp
-    import numpy as np
-
-    model = llama_cpp.Llama(asked["base"], lora_path=file, n_ctx=256, logits_all=True, n_threads=1, verbose=False)
-    model.eval(ids)
-    logits = np.array(model.scores[len(ids) - 1], dtype=np.float64)
-    logs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-    return [[int(token), float(logs[token])] for token in logs.argsort()[::-1][: asked["top"]]]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does learned importance choose the right layers, and does it pay? Planted problems, where the right layers are known.
+"""Learned importance on planted problems, where the right layers are known: are they chosen, and does it pay?
 
 stack   No model: 32 layers whose damping costs (exponential, mean 0.005 to 0.02) add up to a loss of 0.3, 1 or 3. The methods'
         own pure functions are driven. Shown are the chance that one of the truly 8 most important layers trains in a step
@@ -18,20 +18,14 @@ With --write, a part that is not run keeps what an earlier run has written.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import importance_report
-import planted_model
-import planted_stack
 from intaglio import IST, RST
-from turns import device
+from lib import command_line, importance_report, planted_model, planted_stack, results
+from lib.machine import device
 
 AUTHORS = IST(law="multinomial", reward="faithful", floor=0.0)
 UNIFORM = IST(law="uniform", reward="faithful", floor=0.0)
@@ -78,35 +72,26 @@ def model_part(seeds: int, lr: float) -> dict[str, Any]:
 
 def main() -> None:
     """Run and print; write files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=["stack", "model"], default=["stack", "model"])
     parser.add_argument("--draws", type=int, default=4, help="draws of the stack's costs, for each of their means")
     parser.add_argument("--seeds", type=int, default=6, help="of the model")
     parser.add_argument("--lr", type=float, default=1e-2, help="of the model's AdamW")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--write", nargs="?", type=Path, const=Path("benchmarks/results/importance"), help="also write files of this name"
-    )
+    command_line.add_write(parser, "importance")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    how = {"command": f"python {shlex.join(sys.argv)}", "device": device()}
+    how = {"command": command_line.command(), "device": device()}
     measured: dict[str, Any] = {}
     for name in arguments.parts:
         part = stack_part(arguments.draws) if name == "stack" else model_part(arguments.seeds, arguments.lr)
         measured[name] = how | part
     print(importance_report.text(measured))
     if arguments.write:
-        _write(measured, arguments.write)
-
-
-def _write(measured: dict[str, Any], output: Path) -> None:
-    file = output.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.is_file() else {}
-    measured = earlier | json.loads(json.dumps(measured), parse_float=lambda number: round(float(number), 5))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(measured) + "\n")
-    output.with_suffix(".md").write_text(importance_report.text(measured))
-    importance_report.draw(measured, output.with_suffix(".png"))
+        rounded = json.loads(json.dumps(measured), parse_float=lambda number: round(float(number), 5))
+        merged = results.read(arguments.write) | rounded
+        text = importance_report.text(merged)
+        results.write(arguments.write, merged, text, lambda path: importance_report.draw(merged, path), indent=None)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ same on what `intaglio export --to lora` writes, whose rank is the number of cho
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lib import command_line
+from lib.tables import row, table
 
 
 @dataclass(frozen=True)
@@ -109,21 +111,21 @@ def measure(cases: list[Case], adapters: int, lengths: list[int]) -> None:
     import triton
 
     print(f"{torch.cuda.get_device_name()}, bfloat16, {adapters} adapters, all different\n")
-    print("| weight | chosen | tokens each | way | adapters read, MB | time, µs | GB/s |")
-    print("|---|---:|---:|---|---:|---:|---:|")
+    head = "| weight | chosen | tokens each | way | adapters read, MB | time, µs | GB/s |"
+    print("\n".join(table(head, [], "lrrl")))
     for case in cases:
         for length in lengths:
             x = torch.randn(adapters * length, case.inputs, device="cuda", dtype=torch.bfloat16)
             y = torch.zeros(adapters * length, case.outputs, device="cuda", dtype=torch.bfloat16)
             for label, (add, read) in contestants(case, adapters, length, "cuda", torch.bfloat16).items():
                 ms = triton.testing.do_bench(lambda add=add, x=x, y=y: add(y, x), return_mode="median")
-                cells = [f"{case.name}, {case.side}", case.chosen, length, label]
-                print(f"| {' | '.join(map(str, cells))} | {read / 1e6:.2f} | {ms * 1e3:.1f} | {read / ms / 1e6:.0f} |")
+                figures = [f"{read / 1e6:.2f}", f"{ms * 1e3:.1f}", f"{read / ms / 1e6:.0f}"]
+                print(row([f"{case.name}, {case.side}", case.chosen, length, label, *figures]))
 
 
 def main() -> None:
     """Measure on a GPU; without one, say so."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--interpret", action="store_true", help="compare tiny sizes in Triton's interpreter, on the CPU")
     parser.add_argument("--adapters", type=int, default=16)
     arguments = parser.parse_args()

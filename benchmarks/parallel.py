@@ -1,4 +1,4 @@
-"""What many adapters cost one layer while it generates: a row per adapter, against LoRA, batched and looped.
+"""Cost of many adapters in one layer while it generates: a row per adapter, against LoRA, batched and looped.
 
 Shapes of Llama-3-8B; LoRA has rank 32 and S2FT as many parameters. Contestants take turns within each round; what the base's
 own product costs is shown beside them and is not part of any.
@@ -15,10 +15,7 @@ own product costs is shown beside them and is not part of any.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +26,10 @@ from torch.nn import functional as F
 
 from intaglio.runtime.changes import Adapter, Change
 from intaglio.runtime.mixing import Batch
-from turns import device
+from lib import command_line, pictures
+from lib import results as files
+from lib.machine import device
+from lib.tables import table as markdown
 
 RANK = 32
 # projection → inputs, outputs, channels of S2FT with as many parameters as LoRA of rank 32, and whether they are columns
@@ -114,52 +114,39 @@ def measure(layer: str, batch: int, dtype: torch.dtype, rounds: int) -> dict[str
 
 def table(results: dict[str, dict[str, float]], dtype: str, batch: int) -> str:
     """Markdown: times over batched LoRA's, and that in ms."""
-    lines = [
-        f"### {batch} rows, {batch} adapters, {dtype}\n",
-        "| ÷ batched LoRA | " + " | ".join(f"{layer} r{RANK} / s{LAYERS[layer][2]}" for layer in results) + " |",
-        "|---" + "|---:" * len(results) + "|",
+    head = "| ÷ batched LoRA | " + " | ".join(f"{layer} r{RANK} / s{LAYERS[layer][2]}" for layer in results) + " |"
+    rows = [
+        [label, *(f"{result[name] / result['batched']:.2f}" for result in results.values())] for name, label in LABELS.items()
     ]
-    for name, label in LABELS.items():
-        cells = [f"{result[name] / result['batched']:.2f}" for result in results.values()]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines.append("| batched LoRA, ms | " + " | ".join(f"{1e3 * r['batched']:.2f}" for r in results.values()) + " |")
-    return "\n".join(lines) + "\n"
+    rows.append(["batched LoRA, ms", *(f"{1e3 * result['batched']:.2f}" for result in results.values())])
+    return "\n".join([f"### {batch} rows, {batch} adapters, {dtype}\n", *markdown(head, rows)]) + "\n"
 
 
 def draw(measured: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     """Bars of milliseconds, a panel per layer and type."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        len(measured), len(LAYERS), figsize=(14, 0.4 + 2.4 * len(measured)), sharey=True, layout="constrained", squeeze=False
-    )
     names = list(LABELS)[::-1]
-    for row, (dtype, results) in zip(panels, measured.items(), strict=True):
-        for axes, (layer, result) in zip(row, results.items(), strict=True):
-            colours = ["#ccbb44" if n == "base" else "#ee6677" if n in ("ours", "ragged") else "#4477aa" for n in names]
-            values = [1e3 * result[name] for name in names]
-            axes.barh([LABELS[name] for name in names], values, color=colours)
-            for name, value in zip(names, values, strict=True):
-                axes.text(value, LABELS[name], f" {value:.2f}", va="center", fontsize=7)
-            axes.set_xlim(0, max(values) * 1.2)
-            axes.set_title(f"{layer}, {dtype}", fontsize=9, loc="left")
-            axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[-1]:
-        axes.set_xlabel("ms per step")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    labels = [LABELS[name] for name in names]
+    special = {"base": pictures.YELLOW, "ours": pictures.RED, "ragged": pictures.RED}
+    colours = [special.get(name, pictures.BLUE) for name in names]
+    size = (14, 0.4 + 2.4 * len(measured))
+    options = {"figsize": size, "sharey": True, "squeeze": False, "dpi": 110}
+    with pictures.panels(path, len(measured), len(LAYERS), **options) as (_, panels):
+        for row, (dtype, results) in zip(panels, measured.items(), strict=True):
+            for axes, (layer, result) in zip(row, results.items(), strict=True):
+                values = [1e3 * result[name] for name in names]
+                pictures.bars(axes, labels, values, ".2f", colour=colours, room=1.2, size=7)
+                axes.set_title(f"{layer}, {dtype}", fontsize=9, loc="left")
+        for axes in panels[-1]:
+            axes.set_xlabel("ms per step")
 
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--batch", type=int, default=16, help="rows, each with an adapter of its own")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/parallel"), help="name without suffix")
+    command_line.add_output(parser, "parallel")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     measured, pages = {}, []
@@ -167,13 +154,9 @@ def main() -> None:
         measured[dtype] = {layer: measure(layer, arguments.batch, getattr(torch, dtype), arguments.rounds) for layer in LAYERS}
         pages.append(table(measured[dtype], dtype, arguments.batch))
         print(pages[-1])
-    head = (
-        f"# Many adapters in one layer\n\n`python {' '.join(sys.argv)}` on {device()}; medians of {arguments.rounds} rounds.\n\n"
-    )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps({"device": device(), "seconds": measured}, indent=1) + "\n")
-    arguments.output.with_suffix(".md").write_text(head + "\n".join(pages))
-    draw(measured, arguments.output.with_suffix(".png"))
+    how = f"`{command_line.command()}` on {device()}; medians of {arguments.rounds} rounds."
+    text = f"# Many adapters in one layer\n\n{how}\n\n" + "\n".join(pages)
+    files.write(arguments.output, {"device": device(), "seconds": measured}, text, lambda path: draw(measured, path))
 
 
 if __name__ == "__main__":

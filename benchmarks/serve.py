@@ -18,6 +18,9 @@ PARTS = ("engine", "http")
 def main() -> None:
     """Run the script of a part."""
     arguments = sys.argv[1:]
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(arguments) < 2 or arguments[0] != "--part" or arguments[1] not in PARTS:
         raise SystemExit(__doc__)
     script = Path(__file__).with_name(f"serve_{arguments[1]}.py")

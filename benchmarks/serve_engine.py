@@ -1,4 +1,4 @@
-"""What many adapters cost the engine: tokens per second with none, 1, 16, 64 and 1,000 of them, memory, and loading.
+"""Cost of many adapters in the engine: tokens per second with none, 1, 16, 64 and 1,000 of them, memory, and loading.
 
 Requests of 16 to 32 prompt tokens and 24 to 40 answer tokens keep a batch of 64 full until the last of them. With 64 and 1,000
 adapters every request of a batch has another one; with 1,000, most of them were not in the batch before. One engine serves all
@@ -14,20 +14,21 @@ The model is SmolLM2-135M in fp32; adapters are drawn at random, which costs wha
 
 from __future__ import annotations
 
-import argparse
-import json
 import queue
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from held import held, settle
-from turns import device
+from lib import command_line, pictures
+from lib import results as files
+from lib.machine import device, held, settle
+from lib.tables import table as markdown
 
 MODEL, BATCH, REQUESTS = "smollm2-135m", 64, 96
 CONTEXT, CACHE = 512, 56 * BATCH  # tokens of a request at most, and of all that run together
@@ -43,29 +44,27 @@ LABELS = {
 }
 
 
-def draw(model: Any, size: str, seed: int) -> Any:
+def adapter(model: Any, size: str, seed: int) -> Any:
     """An adapter of a size, its columns changed by a third of a weight's spread."""
-    from intaglio import Delta, Selection
-    from intaglio.core.entries import Slices
-    from intaglio.core.fingerprint import fingerprint
+    from lib.random_adapters import changed, head, some
 
     generator = torch.Generator().manual_seed(seed)
     channels, heads = SIZES[size]
-    parameters, config = dict(model.named_parameters()), model.config
-    entries, values, prints = {}, {}, {}
-    with_head = torch.randperm(config.num_hidden_layers, generator=generator)[:heads].tolist()
-    for layer in range(config.num_hidden_layers):
-        chosen = {"mlp.down_proj": torch.randperm(config.intermediate_size, generator=generator)[:channels].sort().values}
-        if layer in with_head:
-            head = int(torch.randint(config.num_attention_heads, (1,), generator=generator))
-            chosen["self_attn.o_proj"] = head * 64 + torch.arange(64)
-        for part, index in chosen.items():
-            name = f"model.layers.{layer}.{part}.weight"
-            entries[name] = Slices(tuple(parameters[name].shape), 1, index)
-            base = entries[name].gather(parameters[name])
-            values[name] = base + torch.randn(base.shape, generator=generator) * 0.3 * parameters[name].std().item()
-            prints[name] = fingerprint(base)
-    return Delta(Selection(entries), values, prints, {"name": "drawn"}, MODEL)
+    parameters, layers = dict(model.named_parameters()), model.config.num_hidden_layers
+
+    def places() -> Iterator[tuple[str, Any]]:
+        with_head = torch.randperm(layers, generator=generator)[:heads].tolist()
+        for layer in range(layers):
+            down, o = (f"model.layers.{layer}.{part}.weight" for part in ("mlp.down_proj", "self_attn.o_proj"))
+            chosen = {down: some(tuple(parameters[down].shape), 1, channels, generator)}
+            if layer in with_head:
+                chosen[o] = head(tuple(parameters[o].shape), 1, generator)
+            yield from chosen.items()
+
+    def change(name: str, base: torch.Tensor) -> torch.Tensor:
+        return base + torch.randn(base.shape, generator=generator) * 0.3 * parameters[name].std().item()
+
+    return changed(parameters, places(), change, method={"name": "drawn"}, base=MODEL)
 
 
 def measure(folder: Path, only: list[str], rounds: int, save: Any) -> None:
@@ -169,65 +168,52 @@ def check(adapters: int, folder: Path, size: str) -> None:
 def table(results: dict[str, Any], size: str) -> str:
     """Markdown: throughput, its ratio to the base, memory and loading."""
     channels, heads = SIZES[size]
-    lines = [
-        f"### Adapters of {channels} of 1,536 channels in each layer and {heads} of 270 heads\n",
-        "| | tokens/s | fastest turn | ÷ base only | memory of the process GB | of it adapters GB | hot load ms | p95 |",
-        "|---" + "|---:" * 7 + "|",
-    ]
-    floor = min(results["base"]["seconds"])
+    floor, rows = min(results["base"]["seconds"]), []
     for result in results.values():
         loads = sorted(result["load"])
-        cells = [
-            result["label"],
-            f"{1 / statistics.median(result['seconds']):.0f}",
-            f"{1 / min(result['seconds']):.0f}",
-            f"{floor / min(result['seconds']):.2f}",
-            f"{result['memory'] / 1e9:.2f}",
-            f"{result['adapters'] / 1e9:.2f}",
-            f"{1e3 * statistics.median(loads):.1f}" if len(loads) > 10 else "",
-            f"{1e3 * loads[int(0.95 * len(loads))]:.1f}" if len(loads) > 10 else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        many = len(loads) > 10
+        rows.append(
+            [
+                result["label"],
+                f"{1 / statistics.median(result['seconds']):.0f}",
+                f"{1 / min(result['seconds']):.0f}",
+                f"{floor / min(result['seconds']):.2f}",
+                f"{result['memory'] / 1e9:.2f}",
+                f"{result['adapters'] / 1e9:.2f}",
+                f"{1e3 * statistics.median(loads):.1f}" if many else "",
+                f"{1e3 * loads[int(0.95 * len(loads))]:.1f}" if many else "",
+            ]
+        )
+    head = "| | tokens/s | fastest turn | ÷ base only | memory of the process GB | of it adapters GB | hot load ms | p95 |"
+    title = f"### Adapters of {channels} of 1,536 channels in each layer and {heads} of 270 heads\n"
+    return "\n".join([title, *markdown(head, rows)]) + "\n"
 
 
-def figure(measured: dict[str, Any], path: Path) -> None:
+def picture(measured: dict[str, Any], path: Path) -> None:
     """Bars of throughput and of memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, panels = plt.subplots(len(measured), 2, figsize=(10, 0.6 + 2.2 * len(measured)), layout="constrained", squeeze=False)
-    for (left, right), (size, results) in zip(panels, measured.items(), strict=True):
-        rows = list(results.values())[::-1]
-        labels = [row["label"].split(",")[0] if row["label"][0] != "1" else row["label"].split(", all")[0] for row in rows]
-        for axes, values, unit in (
-            (left, [1 / statistics.median(row["seconds"]) for row in rows], "tokens per second (median turn)"),
-            (right, [row["memory"] / 1e9 for row in rows], "memory of the process, GB"),
-        ):
-            axes.barh(labels, values, color="#4477aa" if axes is left else "#ee6677")
-            for label, value in zip(labels, values, strict=True):
-                axes.text(value, label, f" {value:.0f}" if axes is left else f" {value:.2f}", va="center", fontsize=8)
-            axes.set_xlim(0, max(values) * 1.12)
-            axes.set_xlabel(unit)
-            axes.spines[["top", "right"]].set_visible(False)
-        right.set_yticks([])
-        each = next(row["adapters"] / COUNTS[name] for name, row in results.items() if COUNTS[name])
-        left.set_title(f"adapters of {each / 1e6:.1f} MB ({size})", fontsize=10, loc="left")
-    drawing.savefig(path, dpi=120)
-    plt.close(drawing)
+    height = 0.6 + 2.2 * len(measured)
+    with pictures.panels(path, len(measured), 2, figsize=(10, height), squeeze=False) as (_, panels):
+        for (left, right), (size, results) in zip(panels, measured.items(), strict=True):
+            rows = list(results.values())[::-1]
+            labels = [row["label"].split(",")[0] if row["label"][0] != "1" else row["label"].split(", all")[0] for row in rows]
+            pictures.bars(left, labels, [1 / statistics.median(row["seconds"]) for row in rows], ".0f")
+            pictures.bars(right, labels, [row["memory"] / 1e9 for row in rows], ".2f", colour=pictures.RED)
+            left.set_xlabel("tokens per second (median turn)")
+            right.set_xlabel("memory of the process, GB")
+            right.set_yticks([])
+            each = next(row["adapters"] / COUNTS[name] for name, row in results.items() if COUNTS[name])
+            left.set_title(f"adapters of {each / 1e6:.1f} MB ({size})", fontsize=10, loc="left")
 
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="ffn")
     parser.add_argument("--only", nargs="+", choices=LABELS, help="contestants; default all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="compare tokens with merged weights instead")
     parser.add_argument("--folder", type=Path, help="where adapters are written and looked for; default: a temporary one")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve-engine"), help="name without suffix")
+    command_line.add_output(parser, "serve-engine")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)) / arguments.size
@@ -247,23 +233,21 @@ def prepare(folder: Path, size: str, count: int) -> None:
     model = load_model(MODEL, dtype=torch.float32)
     for i in range(count):
         if not (folder / str(i)).exists():
-            draw(model, size, i).save(folder / str(i))
+            adapter(model, size, i).save(folder / str(i))
 
 
 def write(results: dict[str, Any], size: str, output: Path) -> None:
     """Add these results to the files of both sizes."""
-    stored = json.loads(output.with_suffix(".json").read_text())["sizes"] if output.with_suffix(".json").exists() else {}
-    measured = {name: results if name == size else stored[name] for name in SIZES if name == size or name in stored}
+    stored = files.read(output).get("sizes", {}) | {size: results}
+    measured = {name: stored[name] for name in SIZES if name in stored}
     head = (
         f"# Many adapters in one batch, end to end\n\n`python benchmarks/serve.py --part engine [--size demo]` on {device()}: "
         f"{MODEL}, fp32, batches of {BATCH}, prompts of 16 to 32 tokens, answers of 24 to 40, room for {CACHE:,} cached tokens. "
         "Ratios compare the fastest turns, to which other work on the machine has added least.\n\n"
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"device": device(), "sizes": measured}) + "\n")
-    output.with_suffix(".md").write_text(head + "\n".join(table(results, name) for name, results in measured.items()))
-    figure(measured, output.with_suffix(".png"))
+    text = head + "\n".join(table(found, name) for name, found in measured.items())
+    files.write(output, {"device": device(), "sizes": measured}, text, lambda path: picture(measured, path), indent=None)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,38 +16,41 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
 
-from intaglio import Delta
 from intaglio.core.entries import Slices
-from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Selection
 from intaglio.hf.models import load_model
-from server_process import Server
+from lib import command_line, results
+from lib.machine import device
+from lib.random_adapters import changed, head, some
+from lib.server_process import Server
+from lib.tables import table as markdown
 
 BASE, KEY = "smollm2-135m", "benchmark"
-CHANNELS, HEAD = 48, 64
+CHANNELS = 48
 TEXT = "Write one sentence about number {i}, the sea, and what a lighthouse keeper does in the evening when the fog comes in."
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--adapters", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--requests", type=int, default=128, help="per row, but at most 8 per caller")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
-    parser.add_argument("--write", type=Path, help="a JSON file for the result")
+    parser.add_argument("--write", type=Path, help="also write files of this name")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         result = measure(Path(place), arguments)
     print(table(result))
     if arguments.write:
-        arguments.write.write_text(json.dumps(result, indent=1) + "\n")
+        how = f"`{command_line.command()}` on {device()}: {BASE} in fp32, answers of {arguments.tokens} tokens, greedy, streamed."
+        results.write(arguments.write, result, f"# `intaglio serve` over HTTP\n\n{how}\n\n{table(result)}\n")
 
 
 def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,20 +89,18 @@ def make_adapters(place: Path, count: int) -> list[Path]:
 def make_adapter(parameters: dict[str, torch.nn.Parameter], folder: Path, seed: int) -> Path:
     """One adapter; see above."""
     generator = torch.Generator().manual_seed(seed)
-    chosen, values, prints = {}, {}, {}
-    for name, parameter in parameters.items():
-        if name.endswith("down_proj.weight"):
-            index = torch.randperm(parameter.shape[1], generator=generator)[:CHANNELS].sort().values
-        elif name.endswith("o_proj.weight"):
-            head = int(torch.randint(parameter.shape[1] // HEAD, (1,), generator=generator))
-            index = torch.arange(head * HEAD, (head + 1) * HEAD)
-        else:
-            continue
-        entries = Slices(tuple(parameter.shape), 1, index)
-        base = entries.gather(parameter)
-        chosen[name], prints[name] = entries, fingerprint(base)
-        values[name] = base + 0.02 * torch.randn(base.shape, generator=generator)
-    return Delta(Selection(chosen), values, prints, {"name": "random"}, base=BASE).save(folder)
+
+    def places() -> Iterator[tuple[str, Slices]]:
+        for name, parameter in parameters.items():
+            if name.endswith("down_proj.weight"):
+                yield name, some(tuple(parameter.shape), 1, CHANNELS, generator)
+            elif name.endswith("o_proj.weight"):
+                yield name, head(tuple(parameter.shape), 1, generator)
+
+    def change(name: str, base: torch.Tensor) -> torch.Tensor:
+        return base + 0.02 * torch.randn(base.shape, generator=generator)
+
+    return changed(parameters, places(), change, method={"name": "random"}, base=BASE).save(folder)
 
 
 def load(url: str, models: list[str], callers: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -165,16 +166,19 @@ def quantile(values: list[float], q: float) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| models | callers | requests | tokens/s | ÷ base | first token p50 s | p95 s | whole answer p50 s | p95 s |"]
-    lines.append("|---|" + "---:|" * 8)
     base = {row["callers"]: row["tokens_per_second"] for row in result["rows"] if row["models"] == "base"}
+    rows = []
     for row in result["rows"]:
-        times = [row[f"{name}_{q}"] for name in ("first_token", "latency") for q in ("p50", "p95")]
+        times = (f"{row[f'{name}_{q}']:.2f}" for name in ("first_token", "latency") for q in ("p50", "p95"))
         speed = row["tokens_per_second"]
-        cells = [row["models"], row["callers"], row["requests"], f"{speed:.0f}", f"{speed / base[row['callers']]:.2f}"]
-        lines.append("| " + " | ".join([*map(str, cells), *(f"{t:.2f}" for t in times)]) + " |")
+        rows.append(
+            [row["models"], row["callers"], row["requests"], f"{speed:.0f}", f"{speed / base[row['callers']]:.2f}", *times]
+        )
     hot = result["hot_load"]
     size, memory = result["adapter_bytes"] / 1e6, result["server_rss_mb"]
+    lines = markdown(
+        "| models | callers | requests | tokens/s | ÷ base | first token p50 s | p95 s | whole answer p50 s | p95 s |", rows
+    )
     lines += ["", f"Hot load over HTTP, {hot['adapters']} adapters of {size:.1f} MB: median {hot['p50_ms']:.0f} ms,"]
     return "\n".join([*lines, f"p95 {hot['p95_ms']:.0f} ms. Memory of the server at the end: {memory:,.0f} MB."])
 

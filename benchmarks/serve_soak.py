@@ -1,4 +1,4 @@
-"""10,000 random requests from a second process: right answers only, proper statuses only, flat memory.
+"""Random traffic, 10,000 requests, from a second process: right answers only, proper statuses only, flat memory.
 
     python benchmarks/serve_soak.py                  # three minutes on two cores
     python benchmarks/serve_soak.py --requests 500
@@ -11,14 +11,15 @@ and unload adapters, reuse their names for others, leave in the middle of an ans
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from server_process import Server
+from lib import command_line, results
+from lib.server_process import Server
+from lib.tables import table
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -32,16 +33,16 @@ ADAPTERS, NAMES, CALLERS, KEY = 12, 16, 24, "soak"
 
 def main() -> None:
     """Run, print, and fail where anything was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, help="a Markdown file for the result")
+    parser.add_argument("--write", type=Path, help="also write files of this name")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         result = soak(Path(place), arguments.requests, arguments.seed)
     print(page(result))
     if arguments.write:
-        arguments.write.write_text(page(result))
+        results.write(arguments.write, result, page(result))
     assert not result["faults"], "not every answer was right"
     assert result["exit_code"] == 0
 
@@ -83,6 +84,7 @@ def soak(place: Path, requests: int, seed: int) -> dict:
 
 def page(result: dict) -> str:
     """The result as Markdown."""
+    kinds = ((kind, ", ".join(f"{s}: {n}" for s, n in found.items())) for kind, found in result["statuses"].items())
     lines = [
         "# Random traffic against `intaglio serve`",
         "",
@@ -90,19 +92,13 @@ def page(result: dict) -> str:
         f"adapters under {NAMES} names that change, memory for half of them. {result['answers_checked_right']:,} answers were",
         f"compared with merged weights; faults: {len(result['faults'])}. Exit code after SIGTERM: {result['exit_code']}.",
         "",
-        "| kind of request | status → how many |",
-        "|---|---|",
-        *(f"| {kind} | {', '.join(f'{s}: {n}' for s, n in found.items())} |" for kind, found in result["statuses"].items()),
+        *table("| kind of request | status → how many |", kinds, "ll"),
         "",
         "`leave` with 499: the caller had left before there was an answer. 429: the queue of six was full.",
         "",
-        "| requests done | server's memory (RSS), MB |",
-        "|---:|---:|",
-        *(f"| {done:,} | {mb:.1f} |" for done, mb in result["rss_mb"]),
+        *table("| requests done | server's memory (RSS), MB |", ((f"{n:,}", f"{mb:.1f}") for n, mb in result["rss_mb"]), "r"),
         "",
-        "| gauge or counter at the end | |",
-        "|---|---:|",
-        *(f"| `{name}` | {value:g} |" for name, value in result["metrics"].items()),
+        *table("| gauge or counter at the end | |", ((f"`{name}`", f"{value:g}") for name, value in result["metrics"].items())),
         "",
     ]
     return "\n".join([*lines, *(f"* {fault}" for fault in result["faults"])])

@@ -1,4 +1,4 @@
-"""Which way to unmask learns best? Questions that the paper leaves open, on a small transformer.
+"""Quality of step-by-step unmasking: questions that the paper leaves open, on a small transformer.
 
 The model and the tasks are those of quality.py: it is trained from nothing to copy (task A) and then taught to shift by one
 (task B), by each variant with the same budget B and number of steps T. Four questions, each a block of the table:
@@ -18,20 +18,17 @@ largest of them, a better one may lie outside. A variant that belongs to several
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from intaglio import ID3, Updates, attach
-from quality import batch, loss_on, pretrained
-from turns import device
+from lib import command_line, results, tables
+from lib.machine import device
+from lib.toy_tasks import batch, loss_on, pretrained
 
 PLAIN: dict[str, Any] = {"exponent": 1.0, "eps": 1.0}  # what a variant does not change
 UPDATES: dict[str, Any] = {"bias_correction": "global"}
@@ -103,21 +100,19 @@ def row(question: str, name: str, outcome: dict[str, Any]) -> str:
     """One line of the table."""
     spread = {task: [r[task] for r in outcome["runs"]] for task in ("B", "A")}
     cells = [f"{statistics.mean(v):.4f} ± {statistics.stdev(v) if len(v) > 1 else 0.0:.4f}" for v in spread.values()]
-    return f"| {question} | {name} | {' | '.join(cells)} | {outcome['lr']:g} |"
+    return tables.row([question, name, *cells, f"{outcome['lr']:g}"])
 
 
 def main() -> None:
     """Run and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150, help="T")
     parser.add_argument("--budget", type=int, default=3300, help="B, about 1 %% of the model's weights")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2], help="learning rates to try")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--write", nargs="?", type=Path, const=Path("benchmarks/results/unmask_quality"), help="also write files of this name"
-    )
+    command_line.add_write(parser, "unmask_quality")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bases: dict[int, nn.Module] = {seed: pretrained(seed) for seed in range(arguments.seeds)}
@@ -126,8 +121,7 @@ def main() -> None:
     lines = [
         f"{arguments.budget:,} of {weights:,} weights, {arguments.steps} steps, {arguments.seeds} seeds, learning rates "
         f"{', '.join(f'{r:g}' for r in arguments.rates)}. Before: loss on A {before['A']:.3f}, on B {before['B']:.3f}.\n",
-        "| question | variant | loss on B | loss on A | lr |",
-        "|---|---|---:|---:|---:|",
+        *tables.table("| question | variant | loss on B | loss on A | lr |", [], "ll"),
     ]
     print("\n".join(lines), flush=True)
     figures: dict[str, Any] = {}
@@ -139,10 +133,8 @@ def main() -> None:
             lines.append(row(question, name, outcome))
             print(lines[-1], flush=True)
     if arguments.write:
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        head = f"# Quality of step-by-step unmasking, toy scale\n\n`python {' '.join(sys.argv)}` on {device()}.\n\n"
-        arguments.write.with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
-        arguments.write.with_suffix(".json").write_text(json.dumps({"before": before, "figures": figures}, indent=1) + "\n")
+        head = f"# Quality of step-by-step unmasking, toy scale\n\n`{command_line.command()}` on {device()}.\n\n"
+        results.write(arguments.write, {"before": before, "figures": figures}, head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,16 +16,17 @@ transformers, greedy. Two pairs of engines, stock and with the plugin:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turns import child, device, measure
+from lib import command_line, results
+from lib.machine import device
+from lib.tables import table
+from lib.turns import Started, measure, parse
 
 LABELS = {"stock": "vLLM", "plugin": "vLLM with the plugin"}
 TIMING = {"columns": 20}
@@ -33,7 +34,7 @@ KINDS = {"columns": 6, "rows": 6, "both": 6, "ordinary": 2}
 FEW = 8  # slots for the 20 adapters of KINDS
 
 
-def start(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+def start(task: dict[str, Any]) -> Started:
     """An engine: first what it answers, then turns of a mixed batch and the same batch on the base alone."""
     os.environ["INTAGLIO_VLLM"] = "1" if task["contestant"] == "plugin" else "0"
     from vllm import LLM, SamplingParams
@@ -102,62 +103,63 @@ def slot_bytes(model: Any) -> int:
 def report(measured: dict[str, Any]) -> str:
     """Markdown."""
     timing, kinds, tokens = measured["timing"], measured["kinds"], measured["tokens"]
-    count = sum(TIMING.values())
+    stock, plugin = timing["stock"], timing["plugin"]
     lines = [
         "# Adapters in vLLM, with and without the plugin\n",
-        f"`python benchmarks/vllm_check.py` on {measured['device']}, vLLM {timing['plugin']['version']}, SmolLM2-135M in fp32.\n",
-        f"## {count} adapters and the base in one batch\n",
+        f"`python benchmarks/vllm_check.py` on {measured['device']}, vLLM {plugin['version']}, SmolLM2-135M in fp32.\n",
+        f"## {sum(TIMING.values())} adapters and the base in one batch\n",
         f"One of 9 heads of o_proj and 48 of 1,536 channels of down_proj in all 30 layers, every adapter another choice; "
-        f"{timing['plugin']['requests']} requests of {tokens} greedy tokens, two per adapter, four of the base. Tokens per "
-        f"second are medians of {timing['plugin']['steps']} turns, prompts included.\n",
-        "| | answers as merged weights | wrong | mixed batch, tokens/s | same batch, base only | mixed ÷ base | MB per slot |",
-        "|---|---:|---|---:|---:|---:|---:|",
-    ]
-    for result in timing.values():
-        speed = {part: result["requests"] * tokens / s for part, s in result["seconds"].items()}
-        lines.append(
-            f"| {result['label']} | {result['right']}/{result['requests']} | {', '.join(result['wrong']) or 'none'} | "
-            f"{speed['mixed']:.0f} | {speed['base only']:.0f} | {speed['mixed'] / speed['base only']:.2f} | "
-            f"{result['slot bytes'] / 1e6:.1f} |"
-        )
-    stock, plugin = timing["stock"], timing["plugin"]
-    lines += [
+        f"{plugin['requests']} requests of {tokens} greedy tokens, two per adapter, four of the base. Tokens per "
+        f"second are medians of {plugin['steps']} turns, prompts included.\n",
+        *table(
+            "| | answers as merged weights | wrong | mixed batch, tokens/s | same batch, base only | mixed ÷ base | "
+            "MB per slot |",
+            ([*_answers(result), *_speeds(result, tokens), _slot(result)] for result in timing.values()),
+            "lrl",
+        ),
         f"\nThroughput of the mixed batch: **{stock['seconds']['mixed'] / plugin['seconds']['mixed']:.2f}×**; slots "
         f"**{stock['slot bytes'] / plugin['slot bytes']:.1f}×** smaller.\n",
         f"## All kinds, {FEW} slots for 20 adapters\n",
         f"{KINDS['columns']} adapters of columns, {KINDS['rows']} of rows (q, k, v, gate and up in every third layer), "
         f"{KINDS['both']} ragged with modules absent here and there, {KINDS['ordinary']} ordinary LoRAs, and the base; asked "
         "twice, and right where both answers are.\n",
-        "| | answers as merged weights | wrong | MB per slot |",
-        "|---|---:|---|---:|",
+        *table(
+            "| | answers as merged weights | wrong | MB per slot |",
+            ([*_answers(result), _slot(result)] for result in kinds.values()),
+            "lrl",
+        ),
     ]
-    for result in kinds.values():
-        lines.append(
-            f"| {result['label']} | {result['right']}/{result['requests']} | {', '.join(result['wrong']) or 'none'} | "
-            f"{result['slot bytes'] / 1e6:.1f} |"
-        )
     return "\n".join(lines) + "\n"
+
+
+def _answers(result: dict[str, Any]) -> list[str]:
+    return [result["label"], f"{result['right']}/{result['requests']}", ", ".join(result["wrong"]) or "none"]
+
+
+def _speeds(result: dict[str, Any], tokens: int) -> list[str]:
+    mixed, base = (result["requests"] * tokens / result["seconds"][part] for part in ("mixed", "base only"))
+    return [f"{mixed:.0f}", f"{base:.0f}", f"{mixed / base:.2f}"]
+
+
+def _slot(result: dict[str, Any]) -> str:
+    return f"{result['slot bytes'] / 1e6:.1f}"
 
 
 def main() -> None:
     """Prepare, run both pairs of engines, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    parser = command_line.parser(__doc__)
     parser.add_argument("--work", type=Path, default=Path("vllm-check"), help="folder for base, adapters and answers; kept")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prepare", action="store_true", help="write base, adapters and right answers, and stop")
     parser.add_argument("--output", type=Path, help="without an ending: .json and .md are written")
-    arguments = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    if arguments.child:
-        child(start, arguments.child)
-        return
+    arguments = parse(parser, start)
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.prepare:
-        from vllm_adapters import prepare
+        from lib.vllm_adapters import prepare
 
         prepare(arguments.work, arguments.base, {k: max(TIMING.get(k, 0), n) for k, n in KINDS.items()}, arguments.tokens)
         return
@@ -171,8 +173,7 @@ def main() -> None:
     measured = {"timing": timing, "kinds": kinds, "tokens": arguments.tokens, "device": device()}
     print(report(measured))
     if arguments.output:
-        arguments.output.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n")
-        arguments.output.with_suffix(".md").write_text(report(measured))
+        results.write(arguments.output, measured, report(measured))
     if timing["plugin"]["wrong"] or kinds["plugin"]["wrong"]:
         sys.exit("the plugin's answers are not those of the merged weights")
 

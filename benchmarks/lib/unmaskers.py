@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from contestants import Step, shira, size, trainable
+from lib.contestants import Step, shira, trainable
+from lib.models import size
 
 LR = 1e-4
 EXPONENT, EPS = 1.0, 1.0  # of the score |g| / (|w| + eps)^exponent

@@ -1,4 +1,4 @@
-"""What importance.py has measured, as Markdown and as a picture."""
+"""Results of `importance.py`, as Markdown and as a picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lib import pictures
+from lib.tables import table as markdown
 
 # Two-sided 95 % of Student's t, by degrees of freedom from 1.
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -52,13 +55,6 @@ def paired(runs: Sequence[Run], others: Sequence[Run], measure: str) -> list[tup
     return found
 
 
-def _head(first: str, updates: Sequence[int]) -> list[str]:
-    return [
-        f"| {first} | {' | '.join(f'{u:,}' for u in updates)} |",
-        "|---" * (first.count("|") + 1) + "|---:" * len(updates) + "|",
-    ]
-
-
 def _how(part: dict[str, Any]) -> str:
     return f"`{part['command']}` on {part['device']}.\n"
 
@@ -67,13 +63,13 @@ def _stack(part: dict[str, Any]) -> list[str]:
     count = len(next(iter(part["losses"].values()))["RST"])
     lines = [f"## A planted stack of 32 layers\n\n{_how(part)}"]
     for measure, title in (("inclusion", "Chance that a truly top-8 layer trains in a step"), ("spearman", "Rank correlation")):
-        lines += [f"{title}, after so many importance updates: median (quartiles) of {count} runs\n"]
-        lines += _head("loss | method", part["updates"])
+        rows = []
         for loss, methods in part["losses"].items():
             for name, runs in methods.items():
-                cells = [f"{median:.2f} ({low:.2f}–{high:.2f})" for low, median, high in quartiles(runs, measure)]
-                lines += [f"| {loss} | {name} | {' | '.join(cells)} |"] if cells else []
-        lines.append("")
+                if found := quartiles(runs, measure):
+                    rows.append([loss, name, *(f"{median:.2f} ({low:.2f}–{high:.2f})" for low, median, high in found)])
+        lines.append(f"{title}, after so many importance updates: median (quartiles) of {count} runs\n")
+        lines += [*_by_updates("loss | method", part["updates"], rows), ""]
     default, at = part["losses"]["3"]["IST, default"], list(part["updates"]).index(300)
     for measure, target in (("inclusion", 0.40), ("spearman", 0.9)):
         median = quartiles(default, measure)[at][1]
@@ -86,45 +82,43 @@ def _model(part: dict[str, Any]) -> list[str]:
     runs, updates = part["runs"], part["updates"]
     before = statistics.mean(level - entropy for level, entropy in part["levels"])
     level = statistics.mean(level for level, _ in part["levels"])
-    lines = [
+    losses = [[name, *(f"{x:.3f}" for x in means(of_name, "excess"))] for name, of_name in runs.items()]
+    for name in runs:
+        if name != "RST":
+            gaps = paired(runs[name], runs["RST"], "excess")
+            losses.append([f"{name} − RST", *(f"{gap:+.3f} ± {half:.3f}" for gap, half in gaps)])
+    in_turn = [name for name in runs if name not in ("all layers", "planted layers only")]
+    chances = [[name, *(f"{x:.2f}" for x in means(runs[name], "inclusion"))] for name in in_turn]
+    return [
         f"## A planted model of 8 layers\n\n{_how(part)}",
         f"Before training: loss {level:.2f}, {before:.3f} above the least possible. Learning rate {part['lr']:g}.\n",
         f"Held-out loss above the least possible, after so many training updates: means over {len(runs['RST'])} seeds, and",
         "differences from RST, paired by seed, with 95 % intervals\n",
-        *_head("method", updates),
+        *_by_updates("method", updates, losses),
+        "\nChance that a planted layer trains (0.25 by chance), means\n",
+        *_by_updates("method", updates, chances),
     ]
-    lines += [f"| {name} | {' | '.join(f'{x:.3f}' for x in means(of, 'excess'))} |" for name, of in runs.items()]
-    for name in runs:
-        if name != "RST":
-            cells = [f"{gap:+.3f} ± {half:.3f}" for gap, half in paired(runs[name], runs["RST"], "excess")]
-            lines.append(f"| {name} − RST | {' | '.join(cells)} |")
-    lines += ["\nChance that a planted layer trains (0.25 by chance), means\n", *_head("method", updates)]
-    in_turn = [name for name in runs if name not in ("all layers", "planted layers only")]
-    lines += [f"| {name} | {' | '.join(f'{x:.2f}' for x in means(runs[name], 'inclusion'))} |" for name in in_turn]
-    return lines
+
+
+def _by_updates(first: str, updates: Sequence[int], rows: list[list[str]]) -> list[str]:
+    """A table with a column for each number of updates."""
+    head = f"| {first} | {' | '.join(f'{update:,}' for update in updates)} |"
+    return markdown(head, rows, "l" * (first.count("|") + 1))
 
 
 def draw(measured: dict[str, Any], path: Path) -> None:
     """Above, the planted stack: inclusion at three levels of the loss. Below: its ranking, and the planted model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7.4), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
-    if "stack" in measured:
-        _draw_stack(measured["stack"], axes)
-    if "model" in measured:
-        _draw_model(measured["model"], axes[1, 1], axes[1, 2])
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.6)
-    entries = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    ordered = [name for name in COLOURS if name in entries]
-    figure.legend([entries[name] for name in ordered], ordered, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with pictures.panels(path, 2, 3, figsize=(12, 7.4)) as (figure, axes):
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        if "stack" in measured:
+            _draw_stack(measured["stack"], axes)
+        if "model" in measured:
+            _draw_model(measured["model"], axes[1, 1], axes[1, 2])
+        for axis in axes.flat:
+            axis.grid(alpha=0.25, linewidth=0.6)
+        entries = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        ordered = [name for name in COLOURS if name in entries]
+        figure.legend([entries[name] for name in ordered], ordered, loc="outside lower center", ncols=3, frameon=False)
 
 
 def _draw_stack(part: dict[str, Any], axes: Any) -> None:

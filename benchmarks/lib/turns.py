@@ -1,14 +1,14 @@
 """Contestants in processes of their own that take turns: the harness of the benchmarks of a training step.
 
-A script calls `measure` for its table; `measure` starts the same script again with `--child` for each contestant, and that
-calls `child`. What a contestant is, the script says.
+A program calls `parse` for its arguments and `measure` for its table; `measure` starts the same program again with `--child`
+for each contestant, which then gets no further than `parse`. What a contestant is, the program says.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -19,13 +19,25 @@ from typing import Any
 import torch
 
 OOM: dict[str, Any] = {"oom": True}
+Started = tuple[dict[str, Any], Callable[[], dict[str, Any]]]  # a contestant's first answer, and what takes a turn and answers
+Start = Callable[[dict[str, Any]], Started]
 
 
-def child(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[], dict[str, Any]]]], task: dict[str, Any]) -> None:
+def parse(parser: argparse.ArgumentParser, start: Start) -> argparse.Namespace:
+    """The program's arguments; in the process of a contestant, its turns are taken here and the process ends."""
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is None:
+        return arguments
+    child(start, arguments.child)
+    sys.exit()
+
+
+def child(start: Start, task: dict[str, Any]) -> None:
     """Build one contestant, then take a turn for every line on standard input.
 
     Args:
-        start: task -> (its first answer, what takes a turn and answers).
+        start: what the program has for `parse`.
         task: what the parent asked for.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # the libraries may print
@@ -106,10 +118,3 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     medians = {part: statistics.median(t[part] for t in times) for part in times[0]}
     least = {part: min(t[part] for t in times) for part in times[0]}
     return result | {"seconds": medians, "least": least, "fastest": least["total"], "steps": len(times)}
-
-
-def device() -> str:
-    """The machine in words, and torch's version."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

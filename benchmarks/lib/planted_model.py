@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from intaglio import Batches, attach
 from intaglio.method_kinds.layer_method import LayerMethod
-from planted_stack import inclusion
+from lib.planted_stack import inclusion
 
 LAYERS, PLANTED = 8, 2  # a quarter, as many as train at a time by default
 VOCABULARY, LENGTH, ROWS, RANK = 64, 16, 16, 4

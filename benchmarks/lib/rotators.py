@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from contestants import ALL_LINEAR, Step, s2ft_method
 from intaglio import IST, LISA, RST, Batches, attach
 from intaglio.training.rotation import Rotation
 from intaglio.training.tuner import Tuner
+from lib.contestants import ALL_LINEAR, Step, s2ft_method
 
 DROPOUT = 0.05
 CHECKPOINTED = " ckpt"  # ends the name of a contestant that recomputes

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from intaglio import Delta
 from intaglio.core.entries import Slices
-from intaglio.core.fingerprint import fingerprint
-from intaglio.core.selection import Selection
 from intaglio.hf.models import load_model, load_tokenizer
+from lib.random_adapters import changed, head, some
 
 TOPICS = [
     "rivers", "bees", "winter", "trains", "bread", "whales", "clocks", "gravity", "islands", "paper", "music", "deserts",
@@ -119,12 +118,12 @@ def _delta(model: Any, choose: Callable[[int, torch.Generator], Mapping[str, Sli
     for layer in range(model.config.num_hidden_layers):
         for name, entries in choose(layer, generator).items():
             chosen[f"model.layers.{layer}.{name}.weight"] = entries
-    base = {name: entries.gather(parameters[name]) for name, entries in chosen.items()}
-    tuned = {}
-    for name, values in base.items():
+
+    def change(name: str, base: Tensor) -> Tensor:
         scale = SCALE["columns" if chosen[name].dim == 1 else "rows"]
-        tuned[name] = values + scale * values.std() * 5 * torch.randn(values.shape, generator=generator)
-    return Delta(Selection(chosen), tuned, {n: fingerprint(v) for n, v in base.items()}, {"name": "random change"})
+        return base + scale * base.std() * 5 * torch.randn(base.shape, generator=generator)
+
+    return changed(parameters, chosen.items(), change, method={"name": "random change"})
 
 
 # SmolLM2-135M: 9 query and 3 key-value heads of 64, hidden 576, FFN 1536; the last dimension of a weight is its input.
@@ -132,7 +131,7 @@ def _delta(model: Any, choose: Callable[[int, torch.Generator], Mapping[str, Sli
 
 def _columns(layer: int, generator: torch.Generator) -> dict[str, Slices]:
     """S2FT's: one of 9 heads and 48 of 1536 channels, in every layer."""
-    return {"self_attn.o_proj": _head((576, 576), 1, generator), "mlp.down_proj": _some((576, 1536), 1, 48, generator)}
+    return {"self_attn.o_proj": head((576, 576), 1, generator), "mlp.down_proj": some((576, 1536), 1, 48, generator)}
 
 
 def _rows(layer: int, generator: torch.Generator) -> dict[str, Slices]:
@@ -140,11 +139,11 @@ def _rows(layer: int, generator: torch.Generator) -> dict[str, Slices]:
     if layer % 3:
         return {}
     return {
-        "self_attn.q_proj": _head((576, 576), 0, generator),
-        "self_attn.k_proj": _head((192, 576), 0, generator),
-        "self_attn.v_proj": _head((192, 576), 0, generator),
-        "mlp.gate_proj": _some((1536, 576), 0, 20, generator),
-        "mlp.up_proj": _some((1536, 576), 0, 48, generator),
+        "self_attn.q_proj": head((576, 576), 0, generator),
+        "self_attn.k_proj": head((192, 576), 0, generator),
+        "self_attn.v_proj": head((192, 576), 0, generator),
+        "mlp.gate_proj": some((1536, 576), 0, 20, generator),
+        "mlp.up_proj": some((1536, 576), 0, 48, generator),
     }
 
 
@@ -152,19 +151,10 @@ def _both(layer: int, generator: torch.Generator) -> dict[str, Slices]:
     """Ragged: 1 to 64 of each, some modules of some layers."""
     shapes = {"mlp.down_proj": ((576, 1536), 1), "self_attn.v_proj": ((192, 576), 0), "mlp.up_proj": ((1536, 576), 0)}
     counts = torch.randint(-20, 65, (len(shapes),), generator=generator).tolist()
-    return {n: _some(*shape, count, generator) for (n, shape), count in zip(shapes.items(), counts, strict=True) if count > 0}
+    return {n: some(*shape, count, generator) for (n, shape), count in zip(shapes.items(), counts, strict=True) if count > 0}
 
 
 KINDS: dict[str, Callable[[int, torch.Generator], Mapping[str, Slices]]] = {"columns": _columns, "rows": _rows, "both": _both}
-
-
-def _head(shape: tuple[int, int], dim: int, generator: torch.Generator) -> Slices:
-    head = int(torch.randint(shape[dim] // 64, (), generator=generator))
-    return Slices(shape, dim, torch.arange(64 * head, 64 * head + 64))
-
-
-def _some(shape: tuple[int, int], dim: int, count: int, generator: torch.Generator) -> Slices:
-    return Slices(shape, dim, torch.randperm(shape[dim], generator=generator)[:count].sort().values)
 
 
 @torch.no_grad()
@@ -173,10 +163,6 @@ def _greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
     ids, cache, found = torch.tensor([prompt]), None, []
     for _ in range(tokens):
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        ids, cache = _best(out.logits), out.past_key_values
+        ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
         found.append(int(ids))
     return found
-
-
-def _best(logits: Tensor) -> Tensor:
-    return logits[:, -1:].argmax(-1)

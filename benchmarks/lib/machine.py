@@ -1,16 +1,24 @@
-"""What a process, or a GPU's allocator, holds: now, and at its fullest."""
+"""The machine that a benchmark runs on: its name, and the memory that a process or a GPU's allocator holds there."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import platform
 from pathlib import Path
 
 import torch
 
 # The allocator of glibc: tensors are mapped one by one and unmapped when freed, so that the resident size is what is alive.
 EAGER_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+
+
+def device() -> str:
+    """The machine in words, and torch's version."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def settle() -> None:
@@ -35,7 +43,7 @@ def forget_peak() -> None:
 
 
 def peak() -> int:
-    """What `held` was at its highest, since `forget_peak`."""
+    """The most that `held` was, since `forget_peak`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 

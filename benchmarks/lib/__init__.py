@@ -1,0 +1,1 @@
+"""Common parts of the benchmarks: contestants, processes that take turns, tables, pictures and result files."""
