@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import DataBlock
 from ..methods import nearest
+from .config import DataBlock
 
 if TYPE_CHECKING:
     from datasets import Dataset

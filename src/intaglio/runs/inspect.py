@@ -11,11 +11,12 @@ from typing import Any
 
 import safetensors
 
-from ..training import unmasking_record as insight, rotation_record as layer_record
-from ..adapter.folder import CONFIG, PEFT_TYPE, WEIGHTS, read_config
 from ..adapter.delta import Delta
-from .folder import adapter_of
+from ..adapter.folder import CONFIG, PEFT_TYPE, WEIGHTS, read_config
 from ..core.selection import Entries, Selection, Slices
+from ..training import rotation_record as layer_record
+from ..training import unmasking_record as insight
+from .folder import adapter_of
 
 __all__ = ["grid", "inspect"]
 

@@ -28,8 +28,8 @@ def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None)
     """
     source, own = (read_run(run)["config"], run / "adapter") if run.is_dir() else (run, None)
     config, adapter = load_config(source, overrides), adapter or own
-    from .data import load_examples
     from .answers import evaluate
+    from .data import load_examples
 
     examples = load_examples(config.data)
     model, tokenizer = load(config, adapter)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from ..adapter.folder import read_config
 from ..adapter.delta import Delta
+from ..adapter.folder import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
