@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, EvaluateBlock, load_config
-from .folder import read_run
+from .folder import ADAPTER, CHECK, read_run
 
 __all__ = ["load", "score", "verify"]
 
@@ -26,7 +26,7 @@ def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None)
     Raises:
         ValueError: for a bad run file, missing data, a missing or foreign adapter.
     """
-    source, own = (read_run(run)["config"], run / "adapter") if run.is_dir() else (run, None)
+    source, own = (read_run(run)["config"], run / ADAPTER) if run.is_dir() else (run, None)
     config, adapter = load_config(source, overrides), adapter or own
     from .answers import evaluate
     from .data import load_examples
@@ -47,8 +47,8 @@ def verify(run: Path) -> dict[str, Any]:
     from .verify import compare_check
 
     config = load_config(read_run(run)["config"])
-    model, _ = load(config, run / "adapter")
-    return {"run": str(run), "adapter": str(run / "adapter"), **compare_check(model, run / "check.safetensors")}
+    model, _ = load(config, run / ADAPTER)
+    return {"run": str(run), "adapter": str(run / ADAPTER), **compare_check(model, run / CHECK)}
 
 
 def load(config: Config, adapter: Path | None) -> tuple[Any, Any]:

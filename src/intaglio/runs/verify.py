@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from ..adapter.delta import Delta
-from ..adapter.folder import read_config
+from ..adapter.folder import PEFT_TYPE, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ def apply_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Any
     Raises:
         ValueError: where the folder is no adapter, is damaged, or belongs to another base.
     """
-    if read_config(Path(folder)).get("peft_type") == "INTAGLIO":
+    if read_config(Path(folder)).get("peft_type") == PEFT_TYPE:
         Delta.load(folder).apply_(model)
         return model
     from peft import PeftModel
