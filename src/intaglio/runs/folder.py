@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import read_mapping
+from ..training.rotation_record import FILE as LAYERS  # importance, draws and visits, for layers that train in turn
+from ..training.unmasking_record import FILE as UNMASKING  # where the budget went, for methods that choose while training
 
 __all__ = ["FILES", "adapter_of", "earlier", "output_folder", "read_run", "remove_earlier"]
 
@@ -16,8 +18,6 @@ ADAPTER = "adapter"  # the result: a Delta, or a PEFT folder for PEFT's own meth
 CHECK = "check.safetensors"  # a few prompts and the tuned model's logits, for `intaglio verify`
 ANSWERS = "answers.jsonl"  # every held-out answer, before and after
 LOSS, ACCURACY = "loss.png", "accuracy.png"
-UNMASKING = "unmasking.json"  # where the budget went, update by update, for methods that choose while training
-LAYERS = "layers.json"  # importance, draws and visits, for layers that train in turn
 # What `intaglio inspect` draws and writes beside them.
 SELECTION_PICTURE, UNMASKING_PICTURE, LAYERS_PICTURE, LAYERS_TABLE = "selection.png", "unmasking.png", "layers.png", "layers.csv"
 
