@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..method_kinds.layer_method import LayerMethod
 from ..method_kinds.method import Method
 from ..methods import METHODS, build, nearest
 from .peft_methods import PEFT_METHODS, peft_fields, peft_problems
@@ -31,7 +32,7 @@ def build_blocks(method: Any, schedule: Any) -> tuple[Method | None, list[str]]:
     of, problems = _build_method(method)
     if not isinstance(schedule, dict):
         return of, problems  # there is none, or pydantic has said so
-    in_turn = [name for name, cls in METHODS.items() if cls.phase == "layer"]
+    in_turn = [name for name, cls in METHODS.items() if issubclass(cls, LayerMethod)]
     if schedule.get("name") not in in_turn:
         name = schedule.get("name")
         return None, [*problems, f"schedule.name={name!r}: unknown; {nearest(str(name), in_turn)}"]
