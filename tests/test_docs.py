@@ -162,6 +162,15 @@ def test_the_architecture_page_names_what_there_is():
         assert place.is_dir() or place.with_suffix(".py").is_file(), place
 
 
+def test_no_source_is_ignored():
+    """A pattern of .gitignore that meets the package or its tests would keep new files out of commits and wheels."""
+    sources = [str(path.relative_to(ROOT)) for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.py")]
+    command = ["git", "check-ignore", "--no-index", "--stdin"]
+    found = subprocess.run(command, cwd=ROOT, input="\n".join(sources), capture_output=True, text=True)
+    assert found.stdout == ""
+    assert found.returncode == 1  # none
+
+
 def test_no_machine_paths_in_the_tree():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert listed

@@ -37,7 +37,7 @@ class _Block(BaseModel):
 
 
 class ModelBlock(BaseModel):
-    """Which model; further keys go to `from_pretrained` verbatim (dtype, revision, attn_implementation …)."""
+    """The base model; keys beside its name go to `from_pretrained` verbatim (dtype, revision, attn_implementation …)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -48,7 +48,7 @@ class ModelBlock(BaseModel):
 
 
 class DataBlock(_Block):
-    """Exactly one of `task` and `train`."""
+    """The examples: exactly one of `task` and `train`."""
 
     task: str | None = Field(None, description="reasoning_gym/NAME: generated examples whose answers can be verified")
     settings: dict[str, Any] = Field({}, description="settings of the task, as reasoning_gym names them")
@@ -82,7 +82,7 @@ class DataBlock(_Block):
         return self
 
 
-class _Placing(_Block):
+class _OwnKeys(_Block):
     """The keys of an attach block that are not those of `Updates`."""
 
     permute: bool = Field(False, description="reorder chosen heads and channels so that their slices are dense; same result")
@@ -103,11 +103,11 @@ def _update_keys() -> dict[str, Any]:
     return keys | {"accumulation": (hints["accumulation"] | None, Field(None, description=meaning))}
 
 
-class AttachBlock(create_model("_Updating", __base__=_Placing, **_update_keys())):
-    """How the method is put on the model, and how updates are made while it still chooses."""
+class AttachBlock(create_model("AttachKeys", __base__=_OwnKeys, **_update_keys())):
+    """The way a method is put on the model, and how updates are made while it still chooses."""
 
     def updates(self, passes: int) -> Updates:
-        """How updates are made with `passes` backward passes each.
+        """The options of updates of `passes` backward passes each.
 
         Raises:
             ValueError: for options that exclude each other.
@@ -216,7 +216,7 @@ def _keys(block: str | None = None) -> Mapping[str, Any]:
 
 
 def _update_problems(config: Config) -> list[str]:
-    """What is wrong with how updates are made, as far as the run file alone says."""
+    """Options of updates that exclude each other, as far as the run file alone says."""
     problems, passes = [], config.train.get("gradient_accumulation_steps", 1)
     try:
         updates = config.attach.updates(passes if isinstance(passes, int) else 1)

@@ -1,4 +1,4 @@
-"""Look into an adapter without loading a model: what it changes, where, and what it shares with another one."""
+"""The command `inspect`: what an adapter changes, where, and what it shares with another one; no model is loaded."""
 
 from __future__ import annotations
 

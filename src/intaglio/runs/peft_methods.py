@@ -39,7 +39,7 @@ def peft_fields(name: str) -> dict[str, Any]:
 
 
 def peft_problems(block: str, name: str, fields: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the fields of one of `PEFT_METHODS`, a line each, under the run file's `block`."""
+    """Mistakes in the fields of one of `PEFT_METHODS`, a line each, under the run file's `block`."""
     if not fields:
         return []
     known = [field.name for field in dataclasses.fields(_class(name))]

@@ -9,7 +9,7 @@ from typing import Any
 from ..training import rotation_record as layer_record
 from .config import Config, load_config
 from .folder import read_run
-from .score import load
+from .load import load
 
 __all__ = ["prune"]
 
