@@ -249,10 +249,15 @@ def test_an_earlier_run_is_never_mixed_or_lost(place):
 
 
 def test_methods_lists_all(place):
+    """Ours and those that PEFT runs, each with its fields; the table shows what the JSON holds."""
     from intaglio.methods import METHODS
+    from intaglio.runs.peft_methods import PEFT_METHODS
 
     listed = json.loads(intaglio("methods", "--json", cwd=place).stdout)
-    assert listed.keys() == METHODS.keys()
+    assert listed.keys() == METHODS.keys() | PEFT_METHODS.keys()
+    assert all(method["summary"] and method["fields"]["name"] == name for name, method in listed.items())
+    assert listed["lora"]["fields"]["r"] == 8
+    assert listed["bottleneck"]["fields"]["placement"] == "series"
     text = intaglio("methods", cwd=place).stdout
     for part in ("down", "lora", "BottleneckConfig"):
         assert part in text

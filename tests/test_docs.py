@@ -1,4 +1,4 @@
-"""Documents are true: their code runs, their tables are the code's, recipes and examples work on a tiny model."""
+"""Documents are true: their code runs, their tables and maps are the code's, recipes and examples work on a tiny model."""
 
 import os
 import re
@@ -125,6 +125,50 @@ def test_recipes_run(recipe, tmp_path, tiny_folder):
 def test_examples_run_and_are_short(example, tmp_path, tiny_folder):
     assert len(example.read_text().splitlines()) < 60
     assert "logits equal" in run(example, tiny_folder, cwd=tmp_path)
+
+
+def layers():
+    """The layers of the import contract, the uppermost first; and the parts of the package that stand outside."""
+    contract = (ROOT / "pyproject.toml").read_text()
+    lines = re.search(r"^layers = \[\n(.*?)^\]", contract, re.MULTILINE | re.DOTALL)
+    outside = re.search(r"^exhaustive_ignores = \[(.*?)\]", contract, re.MULTILINE)
+    assert lines
+    assert outside
+    return re.findall(r'"(.+?)"', lines[1]), re.findall(r'"(.+?)"', outside[1])
+
+
+def folders():
+    return {path.parent.name for path in (ROOT / "src/intaglio").glob("*/__init__.py")}
+
+
+def test_the_map_is_the_contract_and_the_folders():
+    """CONTRIBUTING's map: every folder, in the order of the import contract, then those that stand alone."""
+    order, outside = layers()
+    inside = [name for layer in order for name in layer.split(" | ")]
+    mapped = [line.partition("/")[0] for line in blocks(ROOT / "CONTRIBUTING.md", "text")[0].splitlines()]
+    assert mapped == inside + [name for name in outside if name in folders()]
+    assert set(mapped) == folders()
+
+
+def test_the_architecture_page_names_what_there_is():
+    """Its layers are the contract's; every folder is named; every module and every folder that it names exists."""
+    page = ROOT / "docs/architecture.md"
+    drawn = [re.split(r"\s{2,}", line)[0] for line in blocks(page, "text")[-1].splitlines()]
+    assert drawn == layers()[0]
+    named = re.findall(r"\b(\w+)/(\w*)", re.sub(r"\[.*?\]\(.*?\)", "", page.read_text()))
+    assert {folder for folder, _ in named} == folders()
+    for folder, module in named:
+        place = ROOT / "src/intaglio" / folder / module
+        assert place.is_dir() or place.with_suffix(".py").is_file(), place
+
+
+def test_no_source_is_ignored():
+    """A pattern of .gitignore that meets the package or its tests would keep new files out of commits and wheels."""
+    sources = [str(path.relative_to(ROOT)) for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.py")]
+    command = ["git", "check-ignore", "--no-index", "--stdin"]
+    found = subprocess.run(command, cwd=ROOT, input="\n".join(sources), capture_output=True, text=True)
+    assert found.stdout == ""
+    assert found.returncode == 1  # none
 
 
 def test_no_machine_paths_in_the_tree():

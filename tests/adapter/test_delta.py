@@ -167,7 +167,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_foreign_base_is_refused_untouched(adapter, foreign):
-    """S2FT checklist 16."""
+    """S2FT checklist 16: a Delta says by its fingerprints which base it belongs to."""
     make, message = FOREIGN[foreign]
     model = make()
     before = state(model)

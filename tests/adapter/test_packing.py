@@ -25,6 +25,7 @@ def test_pack_and_unpack(data: st.DataObject) -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
+    """ID3 checklist 5: offsets on both sides of 2^16, 2^31 and 2^32 come back."""
     index = torch.tensor([5, 2**16 - 1, 2**16, 2**31, 2**32 + 7, 2**33 - 1])
     assert torch.equal(packing.unpack(packing.pack(index, 2**33), 6), index)
 

@@ -77,6 +77,7 @@ def filled(deltas, **kwargs):
 
 @pytest.mark.parametrize("storage", ["base", "rows"])
 def test_a_thousand_random_switches_in_bf16(deltas, tuned, storage):
+    """S2FT checklist 22: every switch gives the adapter's weights, and the way back the base's, bit for bit."""
     pool = filled(deltas, storage=storage)
     assert same(pool.model, tuned[None])
     draw = random.Random(0)

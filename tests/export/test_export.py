@@ -268,7 +268,7 @@ def test_a_model_in_training_is_refused(load, tmp_path):
 @pytest.mark.parametrize("method", [BOTH, Full()], ids=lambda m: m.name)
 @bases(BASES)
 def test_merged_is_a_plain_model(load, tmp_path, name, dtype, method):
-    """Checklist 19. Export to plain HF Linear: reload with stock transformers, identical logits, no extra keys."""
+    """S2FT checklist 19. Export to plain HF Linear: reload with stock transformers, identical logits, no extra keys."""
     tuned, base = load(name, dtype), load(name, dtype)
     delta, before = tune(tuned, name, method), state(base)
     to_merged(delta, base, tmp_path / "merged")

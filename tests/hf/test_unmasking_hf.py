@@ -144,7 +144,7 @@ def test_the_best_checkpoint_comes_back_whole(tmp_path):
 
 
 def test_checkpoints_are_of_the_budgets_size(tmp_path):
-    """Row 13: 20 bytes of ours per entry, 8 of AdamW, none per weight."""
+    """ID3 checklist 13: 20 bytes of ours per entry, 8 of AdamW, none per weight."""
     tuner = attach(tiny.build(NAME), ID3(budget=1000, steps=4))
     optimizer = loop(tuner.model, tuner, 4)
     save_tuner_state(tuner, tmp_path)
@@ -163,7 +163,7 @@ def test_checkpoints_are_of_the_budgets_size(tmp_path):
     ],
 )  # fmt: skip
 def test_resume_under_other_conditions_is_refused(tmp_path, change, named):
-    """Row 22."""
+    """ID3 checklist 22: another budget, exponent, eps, `Updates`, tensor list or base: refused by name, nothing changed."""
     fields = {"budget": 100, "steps": 8}
     tuner = attach(tiny.build(NAME), ID3(**fields))
     loop(tuner.model, tuner, 3)
@@ -193,7 +193,7 @@ def test_a_run_of_another_length_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", PEFT)
 def test_a_peft_adapter_is_sparsified_and_stays_an_ordinary_one(tmp_path, kind):
-    """Row 28: only chosen entries of the adapter's tensors move; the folder is complete and PEFT's own."""
+    """ID3 checklist 28: only chosen entries of the adapter's tensors move; the folder is complete and PEFT's own."""
     torch.manual_seed(0)
     model = get_peft_model(tiny.build("gqa_llama"), PEFT[kind])
     start, trainable = weights(model), {name for name, p in model.named_parameters() if p.requires_grad}
@@ -215,7 +215,7 @@ def test_a_peft_adapter_is_sparsified_and_stays_an_ordinary_one(tmp_path, kind):
 
 
 def test_lora_starts_at_b_and_pools_give_a_its_share():
-    """Section 1.5: A's first gradient is zero; with separate budgets A is trained too."""
+    """ID3 checklist 28: A's first gradient is zero, as B starts at zero; with separate budgets A is trained too."""
 
     def shares(method, steps):
         torch.manual_seed(0)
@@ -285,7 +285,7 @@ def test_adafactor_through_the_factory():
 
 
 def test_a_quantized_base_is_refused_but_not_its_lora():
-    """Row 35: with PyTorch's dynamic quantization; its packed layers have no gradient to choose by."""
+    """ID3 checklist 35: with PyTorch's dynamic quantization; its packed layers have no gradient to choose by."""
     model = tiny.build("gqa_llama")
     model.lm_head.qconfig = torch.ao.quantization.default_dynamic_qconfig
     with warnings.catch_warnings():

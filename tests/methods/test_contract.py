@@ -133,7 +133,7 @@ def test_selection_is_reproducible_and_leaves_no_trace(name, config):
 
 @each_case
 def test_excluded_entries_are_never_chosen(config):
-    """S2FT checklist 15."""
+    """S2FT checklist 15: a second choice with `exclude=` shares nothing with the first."""
     name = "gqa_llama"
 
     def chosen(**kwargs):

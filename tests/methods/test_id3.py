@@ -1,4 +1,4 @@
-"""ID3 and its controls: what is granted when, what competes, what is refused. See docs/id3.md."""
+"""ID3 and its controls: what is granted when, what competes, what is refused."""
 
 import json
 
@@ -29,14 +29,14 @@ def run(method, updates, model=None):
 
 @pytest.mark.parametrize(("budget", "steps"), PAIRS)
 def test_the_budget_is_exact_at_every_update(budget, steps):
-    """Row 1 and 2: S(t) = floor(B · t / T), also for B < T, B mod T ≠ 0 and t > T."""
+    """ID3 checklist 1 and 2: S(t) = floor(B · t / T), also for B < T, B mod T ≠ 0 and t > T."""
     counts = run(ID3(budget=budget, steps=steps), steps + 5)
     assert counts == [min(budget, budget * t // steps) for t in range(1, steps + 6)]
     assert sum(counts[:steps]) == UPDATE_COUNTS.get((budget, steps), sum(budget * t // steps for t in range(1, steps + 1)))
 
 
 def test_front_schedule_counts_as_the_authors_code():
-    """Row 1 and 2: the remainder of B / T on the first updates: 160,500 scalar updates of B=1000, T=300."""
+    """ID3 checklist 1 and 2: the remainder of B / T on the first updates: 160,500 scalar updates of B=1000, T=300."""
     counts = run(ID3(budget=1000, steps=300, schedule="front"), 305)
     assert [b - a for a, b in zip([0, *counts], counts, strict=False)] == [4] * 100 + [3] * 200 + [0] * 5
     assert sum(counts[:300]) == 160_500
@@ -45,7 +45,7 @@ def test_front_schedule_counts_as_the_authors_code():
 @pytest.mark.parametrize("until", [1.0, 0.5, 0.3])
 @pytest.mark.parametrize("schedule", ["linear", "ramp", "cubic"])
 def test_schedules_end_where_they_say(schedule, until):
-    """Row 11."""
+    """ID3 checklist 11: all is unmasked after the fraction `until` of the run, along the schedule's own curve."""
     counts = run(ID3(budget=101, steps=20, schedule=schedule, until=until), 22)
     assert counts == sorted(counts)
     end = round(20 * until)
@@ -57,7 +57,7 @@ def test_schedules_end_where_they_say(schedule, until):
 
 @pytest.mark.parametrize(("until", "mass"), [(1.0, 0.333), (0.5, 0.583)])
 def test_learning_rate_left_for_an_entry(until, mass):
-    """Row 11: mean share of static-S's learning rate that an entry gets under linear decay."""
+    """ID3 checklist 11: mean share of static-S's learning rate that an entry gets under linear decay."""
     steps = budget = 2000
     method = ID3(budget=budget, steps=steps, until=until)
     rates = [1 - t / steps for t in range(steps)]
@@ -66,7 +66,7 @@ def test_learning_rate_left_for_an_entry(until, mass):
 
 
 def test_the_mask_only_grows_and_new_entries_move_at_once():
-    """Row 3: mask_t ⊂ mask_{t+1}, and an entry picked at t differs from the base after update t."""
+    """ID3 checklist 3: mask_t ⊂ mask_{t+1}, and an entry picked at t differs from the base after update t."""
     tuner = attach(leaves((20, 6), (9,)), ID3(budget=60, steps=12))
     start, optimizer = weights(tuner.model), tuner.optimizer(adamw)
     before = {}
@@ -90,14 +90,14 @@ def test_the_mask_only_grows_and_new_entries_move_at_once():
     ],
 )
 def test_known_ties(rows, budget, want):
-    """Row 4: score, then order of tensors, then offset; never more than granted."""
+    """ID3 checklist 4: score, then order of tensors, then offset; never more than granted."""
     tuner = attach(Leaves(*(torch.ones(len(row)) for row in rows)), ID3(budget=budget, steps=1))
     tuner.model.backward(*(torch.tensor(row, dtype=torch.float32) for row in rows))
     assert chosen(tuner) == want
 
 
 def test_static_modes_are_the_static_methods():
-    """Row 31: ID3 static at exponent 0 is StaticGradient, at −1 with eps 0 SNIP; each is a plain sort at update 1."""
+    """ID3 checklist 31: ID3 static at exponent 0 is StaticGradient, at −1 with eps 0 SNIP; each is a plain sort at update 1."""
     grads = [gradients(leaves((30, 8), (17,)), seed) for seed in (1, 2, 3)]
 
     def go(method):
@@ -123,7 +123,7 @@ def test_static_modes_are_the_static_methods():
 
 
 def test_repeat_chooses_anew_and_reports_every_entry_touched():
-    """Row 31: repeat-S against the dense twin: entries that leave keep their value, and start anew if they return."""
+    """ID3 checklist 31: repeat-S against the dense twin: entries that leave keep their value, and start anew if they return."""
     tuner, optimizer, dense = both("gqa_llama", ID3(budget=300, mode="repeat"))
     last, touched, returned = Selection(), Selection(), 0
     for step in range(8):
@@ -142,7 +142,7 @@ def test_repeat_chooses_anew_and_reports_every_entry_touched():
 
 
 def test_include_exclude_frozen_and_unused_tensors():
-    """Row 25: what is no candidate keeps every bit, what has no gradient is merely not chosen."""
+    """ID3 checklist 25: what is no candidate keeps every bit, what has no gradient is merely not chosen."""
     model = leaves((6, 5), (7,), (8,), (9,))
     model.get_parameter("1").requires_grad_(False)
     start = weights(model)
@@ -161,7 +161,7 @@ def test_include_exclude_frozen_and_unused_tensors():
 
 
 def test_candidates_that_never_get_a_gradient_do_not_stop_the_run():
-    """Row 25 and 16: a run that cannot spend its budget says so by what it reports."""
+    """ID3 checklist 25 and 16: a run that cannot spend its budget says so by what it reports."""
     tuner = attach(leaves((3,), (4,)), ID3(budget=7, steps=1))
     tuner.model.backward(torch.ones(3), None)
     assert chosen(tuner) == {"0": [0, 1, 2]}
@@ -169,7 +169,7 @@ def test_candidates_that_never_get_a_gradient_do_not_stop_the_run():
 
 
 def test_excluded_entries_are_never_chosen_even_at_the_full_budget():
-    """Row 25 and 32: B = all that is left ends with just that unmasked."""
+    """ID3 checklist 25 and 32: B = all that is left ends with just that unmasked."""
     barred = Selection({"0": Whole((3,))})
     tuner = attach(leaves((3,), (9,)), ID3(budget=9, steps=4), exclude=barred)
     optimizer = tuner.optimizer(adamw)
@@ -181,7 +181,7 @@ def test_excluded_entries_are_never_chosen_even_at_the_full_budget():
 
 
 def test_whole_parameters_stand_outside_the_budget():
-    """Row 27: trained from update 1, reported with the chosen, and all of the rest may be the budget."""
+    """ID3 checklist 27: trained from update 1, reported with the chosen, and all of the rest may be the budget."""
     model = leaves((4, 5), (6,))
     start = weights(model)
     tuner = attach(model, ID3(budget=20, steps=4, whole=("1",)))
@@ -199,7 +199,7 @@ def test_whole_parameters_stand_outside_the_budget():
 
 
 def test_pools_share_the_budget_by_size():
-    """Row 28: B of a LoRA starts at zero, so at the first update A has no gradient; pools keep its part for it."""
+    """ID3 checklist 28: B of a LoRA starts at zero, so at the first update A has no gradient; pools keep its part for it."""
     shares = {}
     for pools in ((), ("0", "1")):
         model = Leaves(normal(30), torch.zeros(10))
@@ -215,7 +215,7 @@ def test_pools_share_the_budget_by_size():
 
 
 def test_eps_of_the_score_and_of_adam_are_separate():
-    """Row 29."""
+    """ID3 checklist 29: the score's eps is a field of the method, Adam's an option of the optimizer."""
     tuner, optimizer, dense = both("gqa_llama", ID3(budget=50, steps=2, eps=0.5), make=lambda p: adamw(p, eps=0.25))
     for step in range(2):
         for model, update in ((tuner.model, optimizer.step), (dense.model, dense.update)):
@@ -229,7 +229,7 @@ def test_eps_of_the_score_and_of_adam_are_separate():
 
 
 def test_budgets_outside_the_model_are_refused_before_training():
-    """Row 32."""
+    """ID3 checklist 32: B up to all candidates; a budget or pool beyond them is refused at attach."""
     size = leaves((4, 5)).leaves[0].numel()
     assert run(ID3(budget=size, steps=3), 3, leaves((4, 5)))[-1] == size
     for budget, message in [(size + 1, "between 1 and the 20 candidates"), (0.001, "rounds to nothing")]:
@@ -264,13 +264,13 @@ def test_budgets_outside_the_model_are_refused_before_training():
     ],
 )
 def test_bad_fields_are_refused_together(fields, message):
-    """Row 32."""
+    """ID3 checklist 32: B, T and every other field, before a model is seen; all mistakes in one message."""
     with pytest.raises(ValueError, match=message):
         ID3(**fields)
 
 
 def test_the_length_of_the_run_must_be_known():
-    """Row 1: T is never guessed, and cannot change."""
+    """ID3 checklist 1: T is never guessed, and cannot change."""
     tuner = attach(leaves((4, 5)), ID3(budget=5))
     tuner.optimizer(torch.optim.SGD, lr=1.0)
     with pytest.raises(ValueError, match=r"ID3.steps=None: give the number of updates"):
@@ -282,7 +282,7 @@ def test_the_length_of_the_run_must_be_known():
 
 
 def test_a_quantized_base_is_refused():
-    """Row 35."""
+    """ID3 checklist 35: by the weight's name and type, with what to do instead."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"1.*: quantized \(.*single entries need a floating-point base"):

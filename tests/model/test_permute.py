@@ -167,7 +167,7 @@ def test_home_made_stack_needs_a_sample():
 
 
 def test_refusals_leave_the_model_unchanged():
-    """S2FT checklist 3."""
+    """S2FT checklist 3: scattered entries, an empty choice and weights shared by layers are refused, every bit in its place."""
     model = tiny.build("gqa_llama")
     base = state_hash(model)
     with pytest.raises(ValueError, match="no whole heads or channels"):

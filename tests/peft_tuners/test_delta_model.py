@@ -40,7 +40,7 @@ MOST = ["gqa_llama", "tied_llama", "fused_phi3", "transposed_gpt2", "mixtral", "
 @pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("method", EVERY)
 def test_every_method_loads_everywhere(method, name, tmp_path):
-    """Checklist 16: on a fresh base, by every loader, logits to 1e-5; merged, every bit."""
+    """S2FT checklist 16: on a fresh base, by every loader, logits to 1e-5; merged, every bit."""
     check_loaders(name, method, tmp_path)
 
 

@@ -45,7 +45,7 @@ def run(folder, steps, config, dtype, resume=None, keep=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [S2FTConfig(**S2FT), DeltaConfig(method=RANDOM)], ids=["s2ft", "random"])
 def test_ten_updates_are_five_a_checkpoint_and_five(config, dtype, tmp_path):
-    """Checklist 20: bit for bit, values and optimizer, through transformers' Trainer."""
+    """S2FT checklist 20: bit for bit, values and optimizer, through transformers' Trainer."""
     whole = run(tmp_path / "whole", 10, config, dtype)
     run(tmp_path / "half", 5, config, dtype, keep=5)
     checkpoint = tmp_path / "half" / "checkpoint-5"

@@ -2,10 +2,10 @@ import pytest
 import torch
 import transformers as tf
 
-from support import tiny
 from intaglio.runs.answers import evaluate, is_lenient_match, wilson
 from intaglio.runs.config import EvaluateBlock
 from intaglio.runs.generate import generate_answers
+from support import tiny
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,13 @@
+"""Run files: defaults, overrides, every mistake in one message, and the method built once."""
+
+import dataclasses
+
 import pytest
 
-from intaglio.runs.config import load_config
+from intaglio import ID3, IST, S2FT
+from intaglio.runs import methods
+from intaglio.runs.config import AttachBlock, load_config
+from intaglio.training.updates import Updates
 
 GOOD = {"method": {"name": "s2ft"}, "data": {"task": "reasoning_gym/chain_sum"}}
 
@@ -20,6 +27,33 @@ def test_defaults_and_overrides(tmp_path):
 def test_model_block_passes_other_keys_on():
     config = load_config(GOOD | {"model": {"name": "x", "dtype": "bfloat16", "revision": "main"}})
     assert config.model.kwargs() == {"dtype": "bfloat16", "revision": "main"}
+
+
+def test_the_method_is_built_once(monkeypatch):
+    """What checks the file, what asks for its settings and what trains is one object; `run.json` holds the blocks alone."""
+    built = []
+    monkeypatch.setattr(methods, "build", lambda block, *where, build=methods.build: built.append(block) or build(block, *where))
+    config = load_config(GOOD | {"schedule": {"name": "ist", "layers": 1, "suppressed": 1}})
+    assert isinstance(config.attached, IST)
+    assert config.attached is config.attached
+    assert config.attached.of == S2FT()
+    assert [block["name"] for block in built] == ["s2ft", "ist"]
+    assert load_config(config.model_dump(mode="json")).attached == config.attached
+    assert load_config(GOOD | {"method": {"name": "lora"}}).attached is None
+    assert load_config(GOOD | {"method": {"name": "lora"}, "schedule": {"name": "ist", "layers": 1, "suppressed": 1}}).attached
+
+
+def test_an_attach_block_takes_every_option_of_updates():
+    """Their names, types and defaults come from `Updates`; only `accumulation` waits for the number of passes."""
+    fields = {field.name: field.default for field in dataclasses.fields(Updates)}
+    block = AttachBlock.model_validate({})
+    assert {name: getattr(block, name) for name in fields} == fields | {"accumulation": None}
+    assert block.updates(1) == Updates()
+    assert block.updates(2) == Updates(accumulation="exact")
+    chosen = {"bias_correction": "per_entry", "clip": "dense", "decay": "start", "accumulation": "none"}
+    config = load_config(GOOD | {"method": {"name": "id3"}, "attach": chosen})
+    assert config.attach.updates(1) == Updates(**chosen)
+    assert isinstance(config.attached, ID3)
 
 
 BAD = {
@@ -49,6 +83,12 @@ BAD = {
         "attach: .*whole gradients",
     ),
     "idle oversampling": ({"method": {"name": "id3"}, "attach": {"oversampling": 20}}, "attach: .*oversampling=20"),
+    "no candidates": ({"method": {"name": "id3"}, "attach": {"oversampling": 0}}, "attach: .*oversampling=0"),
+    "update option": ({"method": {"name": "id3"}, "attach": {"clip": "all"}}, "attach.clip: .*'selected' or 'dense'.*'all'"),
+    "attach key": ({"attach": {"permuted": True}}, "attach.permuted: unknown key; did you mean 'permute'"),
+    "schedule name": ({"schedule": {"name": "s2ft"}}, "schedule.name='s2ft': unknown; .*ist"),
+    "schedule of": ({"schedule": {"name": "ist", "of": {"name": "s2ft"}}}, "schedule.of: .*leave it out"),
+    "schedule field": ({"schedule": {"name": "ist", "layer": 1}}, "schedule.layer: .*did you mean 'layers'"),
     "no accumulation": (
         {"method": {"name": "id3"}, "attach": {"accumulation": "none"}, "train": {"gradient_accumulation_steps": 2}},
         "take exact or lean",
@@ -66,10 +106,10 @@ def test_bad_run_files(case):
 
 
 def test_all_problems_come_at_once():
-    raw = {"method": {"name": "nope"}, "data": {"tsk": 1}, "train": {"max_step": 1}, "extra": 1}
+    raw = {"method": {"name": "nope"}, "data": {"tsk": 1}, "train": {"max_step": 1}, "extra": 1, "schedule": {"name": "no"}}
     with pytest.raises(ValueError) as error:
         load_config(raw)
-    for part in ("problems in the run file", "method.name='nope'", "data.tsk", "train.max_step", "extra"):
+    for part in ("problems in the run file", "method.name='nope'", "data.tsk", "train.max_step", "extra", "schedule.name='no'"):
         assert part in str(error.value)
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from support import tiny
 from intaglio import S2FT, Delta, Full, Random, attach
 from intaglio.cli import app
-from intaglio.core.fingerprint import fingerprint
 from intaglio.core.entries import Elements, Slices, Whole
+from intaglio.core.fingerprint import fingerprint
 from intaglio.core.selection import Selection
 from intaglio.report.heatmap import density_panel, position_panel
 from intaglio.runs.inspect import grid, inspect
+from support import tiny
 
 EVERY = S2FT(q=0.25, k=0.5, v=0.5, o=0.25, up=0.25, gate=0.25, down=0.25)
 
@@ -219,7 +219,7 @@ def test_no_model_library_is_loaded(run):
     code = f"""
 import sys
 from pathlib import Path
-from intaglio.inspection import inspect
+from intaglio.runs.inspect import inspect
 assert inspect(Path({str(run)!r}))["picture"]
 assert not {{"transformers", "peft", "trl"}} & sys.modules.keys()
 """

@@ -58,7 +58,7 @@ def choose_apart(rank, port, folder):
 
 
 def test_ranks_that_choose_apart_are_refused(tmp_path):
-    """S2FT checklist 12."""
+    """S2FT checklist 12: different units on two ranks are seen at attach, on both."""
     mp.spawn(choose_apart, args=(free_port(), tmp_path), nprocs=2)
     assert all("chose different entries" in (tmp_path / str(rank)).read_text() for rank in (0, 1))
 

@@ -173,7 +173,7 @@ def gradients(model, batch, **context):
 @pytest.mark.parametrize("name", ["gqa_llama", "transposed_gpt2", "fused_phi3"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_bit(name, reentrant):
-    """S2FT checklist 9."""
+    """S2FT checklist 9: the slices' gradients under both kinds of activation checkpointing."""
     batch = tiny.batch(name)
     plain = tiny.build(name).train()
     attach(plain, S2FT(o=0.5, down=0.25))
@@ -200,7 +200,7 @@ def test_checkpointed_layer_alone():
 
 @pytest.mark.parametrize("name", ["gqa_llama", "qkv_bias_qwen2", "opt"])
 def test_autocast_bf16_equals_the_dense_twin(name):
-    """S2FT checklist 9."""
+    """S2FT checklist 9: bf16 products, fp32 gradients, within bf16's rounding of the dense product's."""
     batch, method = tiny.batch(name), S2FT(v=0.5, o=0.5, up=0.25, down=0.25)
     grads = []
     for partial in (True, False):
@@ -219,7 +219,7 @@ def test_autocast_bf16_equals_the_dense_twin(name):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", ["gqa_llama", "transposed_gpt2", "opt"])
 def test_compile_gives_the_same_gradients(name):
-    """S2FT checklist 9."""
+    """S2FT checklist 9: under torch.compile (backend aot_eager)."""
     batch = tiny.batch(name)
     model = tiny.build(name)
     tuner = attach(model, S2FT(v=0.5, o=0.5, up=0.25, down=0.25))

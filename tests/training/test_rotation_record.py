@@ -45,6 +45,7 @@ def folder(path, tuner):
 
 @pytest.mark.parametrize("case", METHODS)
 def test_the_record_is_what_happened(tmp_path, case):
+    """IST checklist 32: layers, visits, periods and draws are those that were seen at each update."""
     tuner, seen = trained(case)
     record = save(tuner.rotation, tmp_path / FILE)
     assert record == read(tmp_path / FILE)

@@ -112,6 +112,7 @@ def _peak(run):
 
 @pytest.mark.parametrize("updates", [Updates(), Updates(accumulation="lean")], ids=lambda updates: updates.accumulation)
 def test_one_tensor_instead_of_three(updates, monkeypatch):
+    """ID3 checklist 12 and 26: the embedding's rows are added to the head's gradient, in place."""
     monkeypatch.setattr(scan, "CHUNK", 1 << 12)
     sizes = []
     for attached in (False, True):
@@ -233,6 +234,7 @@ def test_a_tied_model_equals_the_dense_oracle(method, dtype):
 
 
 def test_a_compiled_tied_model_gives_the_same():
+    """ID3 checklist 26 and 34: tied weights under torch.compile (on a CPU; CUDA graphs are not tried)."""
     results = []
     for compiled in (False, True):
         model = tiny.build("tied_llama")

@@ -68,7 +68,7 @@ def test_small_updates_survive_bf16():
 
 
 def test_a_step_without_backward_changes_nothing():
-    """S2FT checklist 11."""
+    """S2FT checklist 11: weight decay and learning rate reach nothing that has no gradient."""
     model = tiny.build("gqa_llama")
     before = copy.deepcopy(model.state_dict())
     optimizer = attach(model, S2FT(o=0.5, down=0.25)).optimizer(torch.optim.AdamW, lr=1.0, weight_decay=0.5)

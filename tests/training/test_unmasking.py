@@ -1,4 +1,4 @@
-"""The engine against two oracles: its dense twin, and a plain stable sort. Rows are those of docs/id3.md."""
+"""The engine against two oracles: its dense twin, and a plain stable sort."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("name", "fields", "updates"), RUNS, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(RUNS)])
 def test_bit_equal_to_both_oracles(name, fields, updates):
-    """Row 4, 26 and 31; section 6.1: masks equal a stable sort, weights the dense twin's, weight decay 0.1."""
+    """ID3 checklist 4, 26 and 31; section 6.1: masks equal a stable sort, weights the dense twin's, weight decay 0.1."""
     method = ID3(**fields)
     tuner, optimizer, dense = both(name, method)
     for step in range(updates):
@@ -63,7 +63,7 @@ def test_bit_equal_to_both_oracles(name, fields, updates):
 
 
 def test_bf16_is_scored_and_trained_in_fp32():
-    """Row 6 and 21: the dense twin holds fp32 copies of all weights."""
+    """ID3 checklist 6 and 21: the dense twin holds fp32 copies of all weights."""
     tuner, optimizer, dense = both("gqa_llama", ID3(budget=400, steps=8), dtype=torch.bfloat16)
     for step in range(10):
         loss(tuner.model, "gqa_llama", step).backward()
@@ -107,7 +107,7 @@ METHODS = [
 )
 @settings(max_examples=300, deadline=None)
 def test_any_order_and_any_chunk_give_a_stable_sort(rows, method, dtype, sizes, data):
-    """Row 4, 6 and 20: heavy ties, hooks in any order, chunks of any size, barred entries."""
+    """ID3 checklist 4, 6 and 20: heavy ties, hooks in any order, chunks of any size, barred entries."""
     tensors = [torch.tensor(row, dtype=torch.float64).clamp(-6e4, 6e4).to(dtype) for row in rows]
     barred = [[i for i in range(len(row)) if data.draw(st.integers(0, 3)) == 0] for row in rows]
     free = sum(len(row) - len(out) for row, out in zip(rows, barred, strict=True))
@@ -141,7 +141,7 @@ def test_any_order_and_any_chunk_give_a_stable_sort(rows, method, dtype, sizes, 
     ],
 )
 def test_the_bound_on_gradients_loses_no_tie(method, first, second):
-    """Row 4: the tensor that is looked at last comes first in the order, and ties."""
+    """ID3 checklist 4: the tensor that is looked at last comes first in the order, and ties."""
     best = TopK(1)
     for rank, value in ((1, second), (0, first)):
         scanning.scan(torch.tensor([value], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), method, best, rank, [])
@@ -151,7 +151,7 @@ def test_the_bound_on_gradients_loses_no_tie(method, first, second):
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=60, unique=True), st.data())
 @settings(max_examples=200, deadline=None)
 def test_top_k_of_parts_in_any_order(places, data):
-    """Row 4, 5 and 20: parts of tensors beyond 2^32 entries, in any order, one score for almost all."""
+    """ID3 checklist 4, 5 and 20: parts of tensors beyond 2^32 entries, in any order, one score for almost all."""
     beyond = 2**32 - 5
     scored = {(rank, beyond + offset): float(data.draw(st.integers(0, 1))) for rank, offset in places}
     best = TopK(data.draw(st.integers(1, len(places))))
@@ -164,7 +164,7 @@ def test_top_k_of_parts_in_any_order(places, data):
 
 
 def test_offsets_are_wide_where_a_parameter_needs_it():
-    """Row 5: 4 bytes per offset, 8 beyond 2^31 entries (on the meta device, which holds none)."""
+    """ID3 checklist 5: 4 bytes per offset, 8 beyond 2^31 entries (on the meta device, which holds none)."""
     from intaglio.training.growing_slot import GrowingSlot
 
     narrow, wide = (GrowingSlot("w", nn.Parameter(torch.empty(n, device="meta"))) for n in (2**31 - 1, 2**31))
@@ -172,7 +172,7 @@ def test_offsets_are_wide_where_a_parameter_needs_it():
 
 
 def test_zero_weight_and_zero_gradient_in_fp16_come_last():
-    """Row 6: 0/0 is no reason to be chosen."""
+    """ID3 checklist 6: 0/0 is no reason to be chosen."""
     weight = torch.cat([torch.zeros(50), normal(50)]).half()
     gradient = torch.cat([torch.zeros(50), normal(50, seed=1)]).half()
     tuner = attach(Leaves(weight), ID3(budget=50, steps=1, eps=1e-8))
@@ -183,7 +183,7 @@ def test_zero_weight_and_zero_gradient_in_fp16_come_last():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("update", "entry"), [(0, 0), (3, 0), (3, 19)], ids=["first", "chosen", "unchosen"])
 def test_a_gradient_that_is_not_finite_changes_nothing(value, update, entry):
-    """Row 7: weights stay finite, nothing is chosen, and the next update catches up."""
+    """ID3 checklist 7: weights stay finite, nothing is chosen, and the next update catches up."""
     tuner = attach(leaves((20,), (30,)), ID3(budget=24, steps=8, exponent=0))
     optimizer = tuner.optimizer(adamw)
     for step in range(8):
@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value, update, entry):
 
 
 def test_whole_gradients_never_coexist():
-    """Row 12: before each hook of ours at most one gradient is alive, after backward none."""
+    """ID3 checklist 12: before each hook of ours at most one gradient is alive, after backward none."""
     model = tiny.build("gqa_llama")
     alive, most = [], 0
 
@@ -230,7 +230,7 @@ def test_whole_gradients_never_coexist():
 
 
 def test_two_runs_are_the_same_bit_for_bit():
-    """Row 20: gradients with heavy ties, whatever the global random state."""
+    """ID3 checklist 20: heavy ties, whatever the global random state: candidates are sorted by their full key (on a CPU)."""
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Two processes choose as one. See docs/id3.md."""
+"""Two processes choose as one."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("i", range(len(METHODS)))
 def test_two_ranks_choose_and_train_as_one_process(folder, i):
-    """Row 17: masks and weights bit for bit: halves of two batches sum as one sum is halved."""
+    """ID3 checklist 17: masks and weights bit for bit: halves of two batches sum as one sum is halved."""
     ranks = [torch.load(folder / f"{i}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     alone = train(METHODS[i], halves, updates=Updates(accumulation="exact"))
     assert ranks[0]["masks"] == ranks[1]["masks"] == alone["masks"]
@@ -74,7 +74,7 @@ def test_two_ranks_choose_and_train_as_one_process(folder, i):
 
 
 def test_sharded_weights_are_refused_by_name(folder):
-    """Row 18 is not offered: never a budget per rank."""
+    """ID3 checklist 18, 19 and 23 are not offered: never a budget per rank, and no state to re-shard."""
     for rank in (0, 1):
         message = (folder / f"refusal-{rank}").read_text()
         assert message.startswith("0.weight: sharded over processes (DTensor); entries are chosen by whole gradients")

@@ -12,7 +12,7 @@ from support.unmasking import adamw, assert_equal_weights, chosen, gradients, le
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_bit(reentrant):
-    """Row 26 and 12, both kinds of activation checkpointing."""
+    """ID3 checklist 26 and 12, both kinds of activation checkpointing."""
     results = []
     for checkpointing in (False, True):
         model = tiny.build("tied_llama").train()
@@ -97,7 +97,7 @@ def test_gradients_in_one_storage(accumulation):
 
 
 def test_zero_and_five_dimensions(tmp_path):
-    """Row 24: trained, saved, applied and reverted bit for bit."""
+    """ID3 checklist 24: trained, saved, applied and reverted bit for bit."""
     shapes = ((), (2, 3, 1, 2, 2), (7,))
     model = leaves(*shapes)
     tuner = attach(model, ID3(budget=20, steps=4))
@@ -118,7 +118,7 @@ def test_zero_and_five_dimensions(tmp_path):
 
 
 def test_sparse_and_strided_gradients():
-    """Row 25: an embedding that gives sparse gradients, a weight stored transposed.
+    """ID3 checklist 25: an embedding that gives sparse gradients, a weight stored transposed.
 
     Of small integers, so that no product rounds: processors sum a transposed matrix in another order.
     """
@@ -144,7 +144,7 @@ def test_sparse_and_strided_gradients():
 
 
 def test_a_compiled_model_gives_the_same():
-    """Row 34: hooks stay outside the compiled graph (backend aot_eager: the same kernels, so the same bits)."""
+    """ID3 checklist 34: hooks stay outside the compiled graph (backend aot_eager: the same kernels, so the same bits)."""
     results = []
     for compiled in (False, True):
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))

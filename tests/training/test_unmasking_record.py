@@ -43,6 +43,7 @@ def first_choice(budget, passes=1, exclude=None):
 
 @pytest.mark.parametrize(("accumulation", "passes"), [("none", 1), ("exact", 3)])
 def test_the_record_is_what_happened(tmp_path, accumulation, passes):
+    """ID3 checklist 2: counts at each update, and B(T + 1) / 2 single updates made where T divides B."""
     exclude = PaFi(budget=500).choose(tiny.build(NAME), None, attach(tiny.build(NAME), ID3(steps=1)).selection)
     for others in (None, exclude):
         tuner, insight, counts = run(

@@ -1,4 +1,4 @@
-"""Runs that are accumulated, skipped, scaled, interrupted, spread over processes. See docs/id3.md."""
+"""Runs that are accumulated, skipped, scaled, interrupted, spread over processes."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ NAN = float("nan")
 
 
 def test_a_second_backward_is_refused_and_does_no_harm():
-    """Row 14: never silently per micro-batch. What follows goes on as if the update had been skipped."""
+    """ID3 checklist 14: never silently per micro-batch. What follows goes on as if the update had been skipped."""
     tuner = attach(leaves((20,), (30,)), ID3(budget=9, steps=3))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(*gradients(tuner.model, 0))
@@ -32,7 +32,7 @@ def test_a_second_backward_is_refused_and_does_no_harm():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exact_accumulation_equals_the_dense_one(dtype):
-    """Row 14 and 12: the sum of four micro-batches, bit for bit; no whole gradient stays in .grad."""
+    """ID3 checklist 14 and 12: the sum of four micro-batches, bit for bit; no whole gradient stays in .grad."""
     method = ID3(budget=200, steps=5)
     tuner, optimizer, dense = both("gqa_llama", method, dtype=dtype, updates=Updates(accumulation="exact", clip="dense"))
     for step in range(6):
@@ -58,7 +58,7 @@ def accumulated(updates, micros):
 
 @pytest.mark.parametrize(("oversampling", "least"), [(1, 0.6), (10, 0.96), (100, 1.0)])
 def test_lean_accumulation_is_nearly_exact(oversampling, least):
-    """Row 14: candidate sums over four micro-batches; measured overlaps .64, .97 and 1."""
+    """ID3 checklist 14: candidate sums over four micro-batches; measured overlaps .64, .97 and 1."""
     exact = accumulated(Updates(accumulation="exact"), 4)
     lean = accumulated(Updates(accumulation="lean", **({} if oversampling == 10 else {"oversampling": oversampling})), 4)
     assert lean.selection.size == exact.selection.size == 400
@@ -66,7 +66,7 @@ def test_lean_accumulation_is_nearly_exact(oversampling, least):
 
 
 def test_lean_accumulation_of_one_pass_is_exact():
-    """Row 14; and the chosen entries' gradients are those of the sum in any case."""
+    """ID3 checklist 14; and the chosen entries' gradients are those of the sum in any case."""
     one, none = accumulated(Updates(accumulation="lean"), 1), accumulated(Updates(), 1)
     assert one.selection == none.selection
     wide, exact = accumulated(Updates(accumulation="lean", oversampling=100), 3), accumulated(Updates(accumulation="exact"), 3)
@@ -80,7 +80,7 @@ def test_lean_accumulation_of_one_pass_is_exact():
 @pytest.mark.parametrize("entry", [0, 19], ids=["candidate", "other"])
 @pytest.mark.parametrize("accumulation", ["exact", "lean"])
 def test_one_damaged_micro_batch_damages_the_update(accumulation, entry, bad):
-    """Row 7 and 14: also where it is the second or third of three."""
+    """ID3 checklist 7 and 14: also where it is the second or third of three."""
     tuner = attach(leaves((20,)), ID3(budget=2, steps=2, exponent=0), updates=Updates(accumulation=accumulation))
     start, optimizer = weights(tuner.model), tuner.optimizer(adamw)
     for micro in range(3):
@@ -96,7 +96,7 @@ def test_one_damaged_micro_batch_damages_the_update(accumulation, entry, bad):
 
 
 def test_a_damaged_whole_parameter_damages_the_update():
-    """Row 7 and 27."""
+    """ID3 checklist 7 and 27: one NaN in a weight trained whole: nothing moves, nothing is chosen, the next update catches up."""
     tuner = attach(leaves((20,), (3,)), ID3(budget=4, steps=2, whole=("1",)))
     start, optimizer = weights(tuner.model), tuner.optimizer(adamw)
     tuner.model.backward(normal(20), torch.tensor([1.0, NAN, 1.0]))
@@ -114,7 +114,7 @@ def test_a_damaged_whole_parameter_damages_the_update():
 @pytest.mark.parametrize("accumulation", ["none", "exact", "lean"])
 @pytest.mark.parametrize("skipped", [0, 3])
 def test_a_skipped_update_leaves_no_trace(accumulation, set_to_none, skipped):
-    """Row 16: the mask, its state and t are those of a run without that backward; also before the first entry."""
+    """ID3 checklist 16: the mask, its state and t are those of a run without that backward; also before the first entry."""
     tuners = []
     for skips in (False, True):
         tuner = attach(leaves((20, 3), (30,)), ID3(budget=5, steps=6), updates=Updates(accumulation=accumulation))
@@ -136,7 +136,7 @@ def test_a_skipped_update_leaves_no_trace(accumulation, set_to_none, skipped):
 
 
 def test_gradients_of_zero_are_no_skipped_update():
-    """Row 16 and 14: a second backward after a gradient that is truly 0 is still one."""
+    """ID3 checklist 16 and 14: a second backward after a gradient that is truly 0 is still one."""
     tuner = attach(leaves((4,)), ID3(budget=2, steps=1))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(normal(4))
@@ -152,7 +152,7 @@ def test_gradients_of_zero_are_no_skipped_update():
     [("none", "selected"), ("none", "dense"), ("exact", "selected"), ("exact", "dense"), ("lean", "selected")],
 )
 def test_grad_scaler(accumulation, clip):
-    """Row 16: every overflow, of any entry, chosen or not, halves the scale; the rest is the run without a scaler."""
+    """ID3 checklist 16: every overflow, of any entry, chosen or not, halves the scale; the rest is the run without a scaler."""
     updates = Updates(accumulation=accumulation, clip=clip)
     tuners = [attach(leaves((20, 3), (30,)), ID3(budget=12, steps=6), updates=updates) for _ in range(2)]
     optimizers = [tuner.optimizer(adamw) for tuner in tuners]
@@ -187,7 +187,7 @@ def test_grad_scaler(accumulation, clip):
 
 
 def test_a_masked_overflow_does_not_reach_the_dense_norm():
-    """Row 7 and 15: once all is chosen, the norm of the whole gradient still sees the masked ones."""
+    """ID3 checklist 7 and 15: once all is chosen, the norm of the whole gradient still sees the masked ones."""
     tuner = attach(leaves((4,)), ID3(budget=1, steps=1), updates=Updates(clip="dense"))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(normal(4))
@@ -219,7 +219,7 @@ def go(tuner, optimizer, steps):
     ],
 )
 def test_stop_at_17_of_40(fields, updates):
-    """Row 22: bf16, AdamW, through torch.save, on a fresh model: bit-equal to the run that went on."""
+    """ID3 checklist 22: bf16, AdamW, through torch.save, on a fresh model: bit-equal to the run that went on."""
     build = lambda: attach(tiny.build("gqa_llama", dtype=torch.bfloat16), ID3(**fields), updates=updates)  # noqa: E731
     tuner = build()
     optimizer = tuner.optimizer(adamw)
@@ -253,7 +253,7 @@ def test_stop_at_17_of_40(fields, updates):
     ],
 )
 def test_another_run_cannot_go_on(change, updates, message):
-    """Row 22: nothing is changed by the refusal."""
+    """ID3 checklist 22: nothing is changed by the refusal."""
     tuner = attach(leaves((20,), (30,)), ID3(budget=10, steps=5))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(*gradients(tuner.model, 0))
@@ -307,7 +307,7 @@ def test_other_exclusions_cannot_go_on():
 
 
 def test_other_tensors_and_another_base_cannot_go_on():
-    """Row 22."""
+    """ID3 checklist 22: a state of other tensors, or of other base values, is refused."""
     tuner = attach(leaves((20,), (30,)), ID3(budget=10, steps=2))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(*gradients(tuner.model, 0))
@@ -324,7 +324,7 @@ def test_other_tensors_and_another_base_cannot_go_on():
 
 
 def test_the_length_of_the_run_comes_from_the_checkpoint():
-    """Row 22: `steps` left out goes on with T of the checkpoint."""
+    """ID3 checklist 22: `steps` left out goes on with T of the checkpoint."""
     tuner = attach(leaves((20,)), ID3(budget=10, steps=5))
     optimizer = tuner.optimizer(adamw)
     tuner.model.backward(normal(20))

@@ -1,4 +1,4 @@
-"""How optimizers act on entries that come while they run. See docs/id3.md."""
+"""How optimizers act on entries that come while they run."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ def frozen_are_unchanged(tuner, start):
 @pytest.mark.parametrize("mode", ["increment", "repeat"])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizers_equal_the_dense_twin_and_spare_the_rest(make, mode):
-    """Row 8, 9 and 30: weight decay 0.1 in every group, momentum, state that follows its entry."""
+    """ID3 checklist 8, 9 and 30: weight decay 0.1 in every group, momentum, state that follows its entry."""
     method = ID3(budget=120, steps=6) if mode == "increment" else ID3(budget=20, mode="repeat")
     tuner, optimizer, dense = both("gqa_llama", method, make=grouped(make))
     start = weights(tuner.model)
@@ -57,7 +57,7 @@ def test_optimizers_equal_the_dense_twin_and_spare_the_rest(make, mode):
 
 @pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adadelta])
 def test_other_optimizers_spare_the_rest(make):
-    """Row 30: Adafactor scales a step by all chosen entries of a tensor, so no dense twin has its bits."""
+    """ID3 checklist 30: Adafactor scales a step by all chosen entries of a tensor, so no dense twin has its bits."""
     tuner = attach(tiny.build("gqa_llama"), ID3(budget=120, steps=4))
     start, optimizer = weights(tuner.model), tuner.optimizer(make, weight_decay=0.1)
     for step in range(6):
@@ -83,13 +83,13 @@ class Shampoo(torch.optim.SGD):
     ],
 )
 def test_optimizers_that_couple_entries_are_refused(make, message):
-    """Row 30;."""
+    """ID3 checklist 30: by name, before anything is trained."""
     with pytest.raises(ValueError, match=message):
         attach(leaves((4, 5)), ID3(budget=3, steps=3)).optimizer(make)
 
 
 def test_a_closure_is_refused_and_changes_nothing():
-    """Row 8;."""
+    """ID3 checklist 8: a closure would run backward again, past the choice; the weights keep their bits."""
     model = leaves((4, 5))
     start = weights(model)
     optimizer = attach(model, ID3(budget=3, steps=3)).optimizer(adamw)
@@ -108,7 +108,7 @@ def test_an_optimizer_without_the_slots_is_refused():
 
 
 def test_state_that_is_not_one_number_per_entry_is_refused():
-    """Row 13: block-quantized state, as of 8-bit optimizers."""
+    """ID3 checklist 13: block-quantized state, as of 8-bit optimizers."""
     tuner = attach(leaves((40,)), ID3(budget=8, steps=2))
     optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
     tuner.model.backward(normal(40))
@@ -122,7 +122,7 @@ def test_state_that_is_not_one_number_per_entry_is_refused():
 
 @pytest.mark.parametrize("decay", ["zero", "start"])
 def test_weight_decay_by_hand(decay):
-    """Row 9: toward zero w ← w · (1 − lr · wd) − step; toward the start w ← s + (w − s) · (1 − lr · wd) − step."""
+    """ID3 checklist 9: toward zero w ← w · (1 − lr · wd) − step; toward the start w ← s + (w − s) · (1 − lr · wd) − step."""
     model = leaves((30,))
     start = model.get_parameter("0").detach().double()
     tuner = attach(model, ID3(budget=10, steps=1, exponent=0), updates=Updates(decay=decay))
@@ -142,7 +142,7 @@ def test_weight_decay_by_hand(decay):
 @pytest.mark.parametrize(("unmasked", "first", "peak"), [(1, 1.0, 1.0), (10, 0.48, 1.11), (100, 0.98, 2.14), (1000, 2.51, 5.24)])
 @pytest.mark.parametrize("correction", ["global", "per_entry"])
 def test_bias_correction_of_a_late_entry(correction, unmasked, first, peak):
-    """Row 10: constant gradient; global as in section 1.7, per entry as a fresh Adam: 30 updates move 30 lr."""
+    """ID3 checklist 10: constant gradient; global as in section 1.7, per entry as a fresh Adam: 30 updates move 30 lr."""
     model, lr = Leaves(torch.zeros(2)), 1e-3
     tuner = attach(model, ID3(budget=2, mode="repeat"), updates=Updates(bias_correction=correction))
     tuner.unmasking.method = tuner.unmasking.candidates.method = _Late(tuner.method, unmasked)
@@ -203,7 +203,7 @@ class _Late:
     ],
 )
 def test_per_entry_bias_correction_needs_a_plain_adam(make):
-    """Row 10."""
+    """ID3 checklist 10: only a plain Adam's step can be taken anew by an entry's age."""
     tuner = attach(leaves((4,)), ID3(budget=2, steps=2), updates=Updates(bias_correction="per_entry"))
     with pytest.raises(ValueError, match="bias_correction='per_entry': needs Adam or AdamW without amsgrad"):
         tuner.optimizer(make)
@@ -212,7 +212,7 @@ def test_per_entry_bias_correction_needs_a_plain_adam(make):
 @pytest.mark.parametrize("dense_norm", [False, True], ids=["selected", "dense"])
 @pytest.mark.parametrize("accumulation", ["none", "exact"])
 def test_clipping_equals_the_twin(dense_norm, accumulation):
-    """Row 15: the coefficient of the masked gradient, or that of the whole one, and new entries are scaled too."""
+    """ID3 checklist 15: the coefficient of the masked gradient, or that of the whole one, and new entries are scaled too."""
     method = ID3(budget=200, steps=5, whole=("model.norm.weight",))
     updates = Updates(clip="dense" if dense_norm else "selected", accumulation=accumulation)
     tuner, optimizer, dense = both("gqa_llama", method, updates=updates)
@@ -238,7 +238,7 @@ def test_clipping_equals_the_twin(dense_norm, accumulation):
 
 @pytest.mark.parametrize("accumulation", ["none", "exact", "lean"])
 def test_clipping_by_torch_is_clipping_by_the_tuner(accumulation):
-    """Row 15: newly chosen entries have their gradients when backward ends, whatever the accumulation."""
+    """ID3 checklist 15: newly chosen entries have their gradients when backward ends, whatever the accumulation."""
     models = []
     for by_torch in (True, False):
         tuner = attach(tiny.build("gqa_llama"), ID3(budget=200, steps=4), updates=Updates(accumulation=accumulation))
@@ -261,7 +261,7 @@ def test_clipping_by_torch_is_clipping_by_the_tuner(accumulation):
 
 
 def test_state_is_proportional_to_what_is_chosen():
-    """Row 13: 24 bytes per entry with AdamW in fp32: 4 each of offset, value, base, birth and two moments."""
+    """ID3 checklist 13: 24 bytes per entry with AdamW in fp32: 4 each of offset, value, base, birth and two moments."""
     tuner = attach(leaves((300, 100), (5000,)), ID3(budget=900, steps=3))
     optimizer = tuner.optimizer(adamw)
     for step in range(3):
@@ -279,7 +279,7 @@ def test_state_is_proportional_to_what_is_chosen():
 
 
 def test_tiny_updates_survive_bf16_whenever_an_entry_comes():
-    """Row 21: 100 updates of ±1e-5 on bf16 weights of 0.02: within half a unit of the last place of fp32's."""
+    """ID3 checklist 21: 100 updates of ±1e-5 on bf16 weights of 0.02: within half a unit of the last place of fp32's."""
     start = (normal(400).sign() * (0.015 + 0.01 * normal(400, seed=1).abs())).bfloat16()
     ends = []
     for dtype in (torch.bfloat16, torch.float32):

@@ -126,7 +126,6 @@ def prune(
 @app.command()
 def methods(as_json: Json = False) -> None:
     """List the methods, their fields and defaults."""
-    from ..methods import METHODS
+    from ..runs.methods import list_methods
 
-    listed = {name: {"summary": cls.summary, "fields": cls().to_dict()} for name, cls in METHODS.items()}
-    finish(listed, as_json, "methods")
+    finish(list_methods(), as_json, "methods")

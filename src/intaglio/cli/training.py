@@ -72,7 +72,7 @@ def verify(
     """Reload a run's adapter onto a fresh base and compare its logits with the trained model's, bit for bit."""
 
     def work() -> dict[str, Any]:
-        from ..runs.score import verify as check
+        from ..runs.verify import verify as check
 
         return check(run)
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batches", "Probe", "batch_on", "chunks", "has_own_loss", "label_count"]
+__all__ = ["IGNORED", "Batches", "Probe", "batch_on", "chunks", "has_own_loss", "label_count"]
 
-_IGNORED = -100  # the label that transformers' losses skip
+IGNORED = -100  # the label that transformers' losses skip
 
 
 class Probe(Protocol):
@@ -109,4 +109,4 @@ def label_count(model: nn.Module, batch: Mapping[str, Any]) -> int:
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return next(x.shape[0] for x in batch.values() if isinstance(x, Tensor) and x.dim() > 0)
     shifted = labels.dim() == 2 and getattr(model, "loss_type", None) == "ForCausalLM"
-    return int(((labels[:, 1:] if shifted else labels) != _IGNORED).sum())
+    return int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())

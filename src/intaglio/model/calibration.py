@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.probe import Probe
+from ..core.probe import IGNORED, Probe, batch_on
 from .structure import Layer, Projection
 
 __all__ = ["STRUCTURES", "activation_norms", "gradient_means", "gradient_norms", "quiet", "units_of", "weight_norms"]
@@ -27,8 +27,6 @@ STRUCTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads": ("o", ("q", "o")),
     "kv_heads": ("o", ("k", "v")),
 }
-
-_IGNORED = -100  # the label that transformers' losses skip
 
 Norms = dict[tuple[str, str], Tensor]  # (layer name, structure) → one norm per unit, fp64 `[units]` on the CPU
 
@@ -245,7 +243,7 @@ def _on_device(model: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
     found = False
     for batch in probe.batches():
         found = True
-        yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        yield batch_on(batch, device)
     if not found:
         raise ValueError("probe: it has no batches to calibrate on; give it data")
 
@@ -264,5 +262,5 @@ def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             for key, value in batch.items()
         }
         labels = example.get("labels")
-        if not isinstance(labels, Tensor) or bool((labels != _IGNORED).any()):
+        if not isinstance(labels, Tensor) or bool((labels != IGNORED).any()):
             yield example

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.files import folder_beside, publish
+from ..core.fingerprint import ATTACHED
 
 __all__ = [
     "adapters_of",
@@ -23,6 +24,7 @@ __all__ = [
     "is_peft",
     "is_quantized",
     "load",
+    "model_size",
     "refuse_prompts",
     "refuse_sharded",
     "refuse_unscorable",
@@ -41,6 +43,35 @@ def is_quantized(module: nn.Module) -> bool:
     packed = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))
     packed = packed or any("qweight" in name or "packed" in name for name, _ in module.named_buffers(recurse=False))
     return packed or any(not p.is_floating_point() or p.element_size() == 1 for p in module.parameters(recurse=False))
+
+
+def model_size(model: nn.Module) -> int:
+    """Number of weights of a model without what was put on it: adapters of any PEFT type, prompts, a tuner's values.
+
+    Of a module that PEFT trains as a copy (`modules_to_save`) the original counts, and tied weights count once.
+    """
+    base = _of(model).get_base_model() if is_peft(model) else model
+    return sum(parameter.numel() for parameter in {id(p): p for p in _base_parameters(base)}.values())
+
+
+def _base_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    wrapped = _wrapped(module)
+    if wrapped is not None:
+        yield from _base_parameters(wrapped)
+        return
+    yield from module.parameters(recurse=False)
+    for name, child in module.named_children():
+        if name != ATTACHED:
+            yield from _base_parameters(child)
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The module of the base that one of PEFT's stands around."""
+    if isinstance(module, _tuner_class()):
+        return module._modules.get("base_layer")
+    peft = sys.modules.get("peft")
+    around = peft is not None and isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper)
+    return _of(module).original_module if around else None
 
 
 def load(model: Any, directory: str | os.PathLike[str]) -> None:

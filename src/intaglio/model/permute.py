@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.entries import Entries, Slices
 from ..core.fingerprint import fingerprint
-from ..core.probe import Probe
+from ..core.probe import Probe, batch_on
 from ..core.selection import Selection
 from .calibration import quiet
 from .structure import Layer, Projection, describe, refuse_shared
@@ -221,7 +221,7 @@ def _sample(model: nn.Module, probe: Probe | None) -> dict[str, Any]:
     device = next(model.parameters()).device
     if probe is not None:
         batch = next(iter(probe.batches()))
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
+        return batch_on({key: value for key, value in batch.items() if key != "labels"}, device)
     config: Any = getattr(model, "config", None)
     if config is None:
         raise ValueError(

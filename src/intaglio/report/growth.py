@@ -1,4 +1,4 @@
-"""Where a budget went while it was being granted: by kind of weight, and by layer, over the updates."""
+"""The picture of a growing choice: entries unmasked by kind of weight and by layer, over the updates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from .heatmap import COLOURS
-from .plots import save
+from .plots import colour_bar, save
 
 __all__ = ["plot_growth"]
 
@@ -56,7 +56,6 @@ def plot_growth(
         axes[1].set(xlabel="update", ylabel="layer", title="by layer")
         axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
         axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        bar = figure.colorbar(image, ax=axes[1], format=StrMethodFormatter("{x:,.0f}"), label="entries unmasked so far")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        colour_bar(figure, image, axes[1], format=StrMethodFormatter("{x:,.0f}"), label="entries unmasked so far")
     figure.suptitle(title, fontsize=13, fontweight="bold")
     return save(figure, path)

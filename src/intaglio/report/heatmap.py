@@ -1,4 +1,4 @@
-"""Where an adapter sits in the model: one panel per projection, layers down, heads or channels across."""
+"""Heat maps of an adapter: one panel per projection, layers down, heads or channels across."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from ..core.entries import Entries, Slices
+from .plots import colour_bar, save
 
 __all__ = ["COLOURS", "Panel", "density_panel", "plot_selection", "position_panel"]
 
@@ -80,8 +80,7 @@ def plot_selection(projections: Mapping[str, Layers], blocks: Mapping[str, int],
     for place in axes[len(panels) :]:
         place.set_axis_off()
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    FigureCanvasAgg(figure).print_figure(str(path), dpi=130, format="png")
-    return path
+    return save(figure, path, dpi=130)
 
 
 def position_panel(name: str, layers: Layers, depth: int, block: int) -> Panel:
@@ -147,5 +146,4 @@ def _draw(figure: Figure, axes: Any, panel: Panel) -> None:
         spine.set_visible(False)
     if not panel.is_binary or named:
         percent = PercentFormatter(1.0, decimals=0 if top >= 0.1 else 1 if top >= 0.01 else None, symbol=" %")
-        bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, format=percent, label="share chosen")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        colour_bar(figure, image, axes, fraction=0.05, pad=0.02, format=percent, label="share chosen")

@@ -1,4 +1,4 @@
-"""Layers that trained in turn: what was learned about each, when it trained, and how often."""
+"""Pictures of layers in turn: what was learned about each, when it trained, and how often."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from .heatmap import COLOURS
+from .plots import colour_bar, save
 
 __all__ = ["plot_layers"]
 
@@ -26,7 +26,7 @@ def plot_layers(record: Mapping[str, Any], path: Path) -> Path:
     """Draw importance per layer over the updates (where the method learns any), the active layers, and visits.
 
     Args:
-        record: as `layer_record.save` gives it.
+        record: as `rotation_record.save` gives it.
         path: of the PNG.
 
     Returns:
@@ -45,8 +45,7 @@ def plot_layers(record: Mapping[str, Any], path: Path) -> Path:
     for axes in panels:
         _name_layers(axes, record["layers"], first=axes is panels[0])
     figure.suptitle(_title(record), fontsize=13, fontweight="bold")
-    FigureCanvasAgg(figure).print_figure(str(path), dpi=130, format="png")
-    return path
+    return save(figure, path, dpi=130)
 
 
 def _title(record: Mapping[str, Any]) -> str:
@@ -95,8 +94,8 @@ def _draw_map(
     if label is not None:
         percent = PercentFormatter(1.0, decimals=0, symbol=" %") if "share" in label else None
         # Below the map, so that the final values stand right beside their rows.
-        bar = figure.colorbar(mesh, ax=axes, location="bottom", fraction=0.045, pad=0.01, aspect=40, label=label, format=percent)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        options = {"location": "bottom", "fraction": 0.045, "pad": 0.01, "aspect": 40}
+        colour_bar(figure, mesh, axes, label=label, format=percent, **options)
 
 
 def _draw_visits(axes: Any, record: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Loss curve and before/after bars, as PNG."""
+"""Loss curve and before/after bars, and how every picture is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["plot_accuracy", "plot_loss", "save"]
+__all__ = ["colour_bar", "plot_accuracy", "plot_loss", "save"]
 
 _BEFORE, _AFTER = "#8da0b3", "#0b6e99"
 
@@ -60,7 +60,12 @@ def plot_accuracy(before: Mapping[str, Any] | None, after: Mapping[str, Any], pa
     return save(figure, path)
 
 
-def save(figure: Figure, path: Path) -> Path:
+def colour_bar(figure: Figure, image: Any, axes: Any, **options: Any) -> None:
+    """Add a colour bar without a frame; `options` are those of `Figure.colorbar`."""
+    figure.colorbar(image, ax=axes, **options).outline.set_visible(False)  # type: ignore[operator]
+
+
+def save(figure: Figure, path: Path, *, dpi: int = 100) -> Path:
     """Write a figure as PNG and return the path."""
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure).print_figure(str(path), dpi=dpi, format="png")
     return path

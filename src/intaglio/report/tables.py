@@ -8,8 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..runs.peft_methods import PEFT_METHODS
-
 __all__ = ["show"]
 
 _TOP = 10  # layers shown of those that trained in turn
@@ -84,7 +82,6 @@ def _methods(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, method in result.items():
         fields = ", ".join(f"{k}={v!r}" for k, v in method["fields"].items() if k != "name")
         yield name, f"{method['summary']}\n{fields}\n"
-    yield from PEFT_METHODS.items()
 
 
 def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:

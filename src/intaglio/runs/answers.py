@@ -1,4 +1,4 @@
-"""Right or wrong: exact, verified by the task, or lenient."""
+"""Scores of generated answers: right by the task's own check, equal to the expected string, or leniently read."""
 
 from __future__ import annotations
 

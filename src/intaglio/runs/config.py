@@ -18,18 +18,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, field_validator, model_validator
 
 from ..method_kinds.method import Method
-from ..method_kinds.layer_method import LayerMethod
-from ..methods import METHODS, build, nearest
-from .peft_methods import PEFT_METHODS, peft_problems
 from ..training.updates import Updates
+from .methods import build_blocks
+from .peft_methods import peft_problems
+from .run_file import read_blocks, unknown_keys
+from .sft_config import sft_config, train_problems
 
-__all__ = ["AttachBlock", "Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config", "sft_config"]
+__all__ = ["UPDATES", "AttachBlock", "Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config", "sft_config"]
 
-UPDATES = tuple(field.name for field in dataclasses.fields(Updates))
+UPDATES = tuple(field.name for field in dataclasses.fields(Updates))  # the keys of `attach` that are fields of `Updates`
 
 
 class _Block(BaseModel):
@@ -37,7 +37,7 @@ class _Block(BaseModel):
 
 
 class ModelBlock(BaseModel):
-    """Which model; further keys go to `from_pretrained` verbatim (dtype, revision, attn_implementation …)."""
+    """The base model; keys beside its name go to `from_pretrained` verbatim (dtype, revision, attn_implementation …)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -48,7 +48,7 @@ class ModelBlock(BaseModel):
 
 
 class DataBlock(_Block):
-    """Exactly one of `task` and `train`."""
+    """The examples: exactly one of `task` and `train`."""
 
     task: str | None = Field(None, description="reasoning_gym/NAME: generated examples whose answers can be verified")
     settings: dict[str, Any] = Field({}, description="settings of the task, as reasoning_gym names them")
@@ -82,34 +82,39 @@ class DataBlock(_Block):
         return self
 
 
-class AttachBlock(_Block):
-    """How the method is put on the model."""
+class _OwnKeys(_Block):
+    """The keys of an attach block that are not those of `Updates`."""
 
     permute: bool = Field(False, description="reorder chosen heads and channels so that their slices are dense; same result")
     exclude: list[str] = Field([], description="adapter folders whose entries stay frozen, so that the results can be fused")
     lora: dict[str, Any] | None = Field(
         None, description="fields of LoraConfig: put LoRA on the model first, choose among its tensors"
     )
-    accumulation: Literal["none", "exact", "lean"] | None = Field(
-        None, description="how gradients of several passes add up while entries are chosen; exact where there are several passes"
-    )
-    oversampling: int = Field(10, ge=1, description="candidates kept per entry to be chosen under accumulation: lean")
-    bias_correction: Literal["global", "per_entry"] = Field(
-        "global", description="Adam's correction by the update's number, or by the entry's age"
-    )
-    clip: Literal["selected", "dense"] = Field(
-        "selected", description="the norm that max_grad_norm bounds: of the chosen entries' gradient, or of the whole"
-    )
-    decay: Literal["zero", "start"] = Field("zero", description="what weight decay pulls toward: zero, or the base's value")
+
+
+def _update_keys() -> dict[str, Any]:
+    """The fields of `Updates` as keys of a block, with its names, types, defaults and meanings."""
+    hints = typing.get_type_hints(Updates)
+    keys: dict[str, Any] = {
+        field.name: (hints[field.name], Field(field.default, description=field.metadata["help"]))
+        for field in dataclasses.fields(Updates)
+    }
+    meaning = f"{keys['accumulation'][1].description}; exact where there are several passes"
+    return keys | {"accumulation": (hints["accumulation"] | None, Field(None, description=meaning))}
+
+
+class AttachBlock(create_model("AttachKeys", __base__=_OwnKeys, **_update_keys())):
+    """The way a method is put on the model, and how updates are made while it still chooses."""
 
     def updates(self, passes: int) -> Updates:
-        """How updates are made with `passes` backward passes each.
+        """The options of updates of `passes` backward passes each.
 
         Raises:
             ValueError: for options that exclude each other.
         """
-        options = {key: getattr(self, key) for key in UPDATES if key != "accumulation"}
-        return Updates(accumulation=self.accumulation or ("exact" if passes > 1 else "none"), **options)
+        options = {key: getattr(self, key) for key in UPDATES}
+        options["accumulation"] = options["accumulation"] or ("exact" if passes > 1 else "none")
+        return Updates(**options)
 
 
 class EvaluateBlock(_Block):
@@ -133,7 +138,7 @@ class EvaluateBlock(_Block):
 
 
 class Config(_Block):
-    """A whole run file."""
+    """A whole run file, as `load_config` has checked it."""
 
     model: ModelBlock = Field(default_factory=lambda: ModelBlock.model_validate({}))
     method: dict[str, Any]
@@ -143,16 +148,16 @@ class Config(_Block):
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: EvaluateBlock | None = None
 
-    def build(self) -> Method | None:
-        """The method to attach, layers in turn included; None where PEFT trains by itself.
+    _attached: Method | None = PrivateAttr(None)
 
-        Raises:
-            ValueError: for fields out of range.
-        """
-        of = None if self.method["name"] in PEFT_METHODS else self.method
-        if self.schedule is None:
-            return None if of is None else build(of)
-        return build(self.schedule | ({} if of is None else {"of": of}), "schedule")
+    @property
+    def attached(self) -> Method | None:
+        """The method to attach, built once from `method` and `schedule`; None where PEFT trains by itself."""
+        return self._attached
+
+    def build(self) -> Method | None:
+        """`attached`, under the name that `train` still calls."""
+        return self._attached
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -166,22 +171,15 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         ValueError: all problems in one message, a line each: what is wrong, and the nearest known key.
     """
-    raw = _read(source)
-    for override in overrides:
-        _override(raw, override)
+    raw = read_blocks(source, overrides, known=Config.model_fields)
     if isinstance(raw.setdefault("method", {}), dict):
         raw["method"] = {"name": "s2ft"} | raw["method"]
-    problems: list[str] = []
-    config = None
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        problems += [_explain(e) for e in error.errors()]
-    problems += _method_problems(raw["method"])
-    problems += _schedule_problems(raw.get("schedule"))
-    problems += _train_problems(raw.get("train", {}))
-    problems += peft_problems("attach.lora", "lora", (config.attach.lora if config else None) or {})
-    problems += [] if config is None else _update_problems(config)
+    config, problems = _validated(raw)
+    method, wrong = build_blocks(raw["method"], raw.get("schedule"))
+    problems += wrong + train_problems(raw.get("train"))
+    if config is not None:
+        problems += peft_problems("attach.lora", "lora", config.attach.lora or {}) + _update_problems(config)
+        config._attached = method
     if problems:
         lead = "" if len(problems) == 1 else f"{len(problems)} problems in the run file:\n  "
         raise ValueError(lead + "\n  ".join(problems))
@@ -189,33 +187,36 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return config
 
 
-def sft_config(train: Mapping[str, Any], output_dir: str) -> Any:
-    """SFTConfig from the train block.
-
-    Defaults are TRL's, but for: no reporting service unless `report_to` names one, bf16 only on a GPU, and no
-    activation checkpointing (what a sparse method keeps for backward is small; set it where memory is short).
-
-    Raises:
-        ValueError: where SFTConfig refuses a value.
-    """
-    import torch
-    from trl.trainer.sft_config import SFTConfig
-
-    gpu = torch.cuda.is_available()
-    ours: dict[str, Any] = {"report_to": "none", "bf16": gpu, "dataloader_pin_memory": gpu}
-    checkpointing = ("activation_checkpointing", "gradient_checkpointing")  # the new name, and that of transformers < 5.20
-    if not train.keys() & set(checkpointing):
-        known = {f.name for f in dataclasses.fields(SFTConfig)}
-        ours[next(name for name in checkpointing if name in known)] = False
-    fields: dict[str, Any] = ours | {"output_dir": output_dir} | dict(train)
+def _validated(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """The blocks as a `Config`, or what is wrong with their keys and values."""
     try:
-        return SFTConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"train: {str(error).splitlines()[0]}") from error
+        return Config.model_validate(raw), []
+    except ValidationError as error:
+        return None, [_explain(e) for e in error.errors()]
+
+
+def _explain(error: Any) -> str:
+    *blocks, key = (str(step) for step in error["loc"])
+    where = ".".join((*blocks, key))
+    if error["type"] == "extra_forbidden":
+        return unknown_keys(".".join(blocks), [key], list(_keys(*blocks)))[0]
+    if error["type"] == "missing":
+        return f"{where}: missing; every run file needs it"
+    given = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _keys(block: str | None = None) -> Mapping[str, Any]:
+    """The keys that a block knows, or the blocks of a run file."""
+    if block is None:
+        return Config.model_fields
+    annotation = Config.model_fields[block].annotation
+    kinds = (*typing.get_args(annotation), annotation)  # of a block that may be absent, or of one that may not
+    return next(kind.model_fields for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
 
 
 def _update_problems(config: Config) -> list[str]:
-    """What is wrong with how updates are made, as far as the run file alone says."""
+    """Options of updates that exclude each other, as far as the run file alone says."""
     problems, passes = [], config.train.get("gradient_accumulation_steps", 1)
     try:
         updates = config.attach.updates(passes if isinstance(passes, int) else 1)
@@ -227,130 +228,3 @@ def _update_problems(config: Config) -> list[str]:
     if isinstance(steps, int) and isinstance(run, int) and 0 < run != steps:
         problems.append(f"method.steps={steps}: train.max_steps={run}; leave steps out, or make them agree")
     return problems
-
-
-def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(source, Mapping):
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such run file")
-    try:
-        raw = _parse(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a run file holds the blocks {', '.join(Config.model_fields)}")
-    return raw
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, as every user means it (YAML 1.1 wants 1.0e-3)."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-for _first in "-+0123456789":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:float", _FLOAT))
-
-
-def _parse(text: str) -> Any:
-    """One YAML document of plain values; a tag that would build an object is an error."""
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    steps = path.split(".")
-    try:
-        value = _parse(text)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"override {override!r}: the value is not YAML; put quotes around the argument for the shell, and around a "
-            "value that begins with * or [ for YAML"
-        ) from error
-    if not equals or not all(steps) or (len(steps) < 2 and not isinstance(value, dict)):
-        raise ValueError(f"override {override!r}: write block.key=value, e.g. train.learning_rate=1e-3")
-    place = raw
-    for step in steps[:-1]:
-        place = place.setdefault(step, {})
-        if not isinstance(place, dict):
-            raise ValueError(f"override {override!r}: {step!r} is not a block")
-    place[steps[-1]] = value
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(str(step) for step in error["loc"])
-    if error["type"] == "extra_forbidden":
-        block, _, key = where.rpartition(".")
-        known = Config.model_fields if not block else _fields_of(block)
-        return f"{where}: unknown key; {nearest(key, list(known))}"
-    if error["type"] == "missing":
-        return f"{where}: missing; every run file needs it"
-    given = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}{given}"
-
-
-def _fields_of(block: str) -> list[str]:
-    blocks: dict[str, type[BaseModel]] = {
-        "model": ModelBlock,
-        "data": DataBlock,
-        "attach": AttachBlock,
-        "evaluate": EvaluateBlock,
-    }
-    return list(blocks[block].model_fields)
-
-
-def _method_problems(method: Any) -> list[str]:
-    if not isinstance(method, dict):
-        return []  # pydantic has said so
-    name = method.get("name")
-    if isinstance(name, str) and name in PEFT_METHODS:
-        return peft_problems("method", name, {key: value for key, value in method.items() if key != "name"})
-    if not isinstance(name, str) or name not in METHODS:
-        return [f"method.name={name!r}: unknown; {nearest(str(name), [*METHODS, *PEFT_METHODS])}"]
-    try:
-        build(method)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _schedule_problems(schedule: Any) -> list[str]:
-    if not isinstance(schedule, dict):
-        return []  # none, or pydantic has said so
-    in_turn = [name for name, cls in METHODS.items() if issubclass(cls, LayerMethod)]
-    if schedule.get("name") not in in_turn:
-        return [f"schedule.name={schedule.get('name')!r}: unknown; {nearest(str(schedule.get('name')), in_turn)}"]
-    if "of" in schedule:
-        return ["schedule.of: what is trained in a layer is the method block's; leave it out"]
-    try:
-        build(schedule, "schedule")
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _train_problems(train: Any) -> list[str]:
-    if not isinstance(train, dict) or not train:
-        return []
-    from trl.trainer.sft_config import SFTConfig
-
-    hints = typing.get_type_hints(SFTConfig)
-    problems = _unknown("train", train.keys(), [f.name for f in dataclasses.fields(SFTConfig)])
-    if not isinstance(train.get("output_dir", ""), str):
-        problems.append(f"train.output_dir={train['output_dir']!r}: wanted is a folder's name")
-    for key in train.keys() & hints.keys():
-        kinds = set(typing.get_args(hints[key]) or (hints[key],))
-        if kinds <= {int, float, bool, type(None)} and type(train[key]) not in kinds | ({int} if float in kinds else set()):
-            wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
-            problems.append(f"train.{key}={train[key]!r}: wanted is {wanted}")
-    return problems
-
-
-def _unknown(block: str, keys: Any, known: list[str]) -> list[str]:
-    return [f"{block}.{key}: unknown key; {nearest(key, known)}" for key in keys if key not in known]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import DataBlock
 from ..methods import nearest
+from .config import DataBlock
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +34,7 @@ _HELD_OUT = 1_000_000_000
 
 @dataclass(frozen=True)
 class Examples:
-    """What a data block gives.
+    """The rows that a data block names, to train on and to score.
 
     Attributes:
         train: training rows, with the columns TRL reads and no others.
@@ -235,7 +235,7 @@ _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
 
 
 def _question(row: Row) -> str:
-    """What identifies a row: the prompt, or all of it where there is none."""
+    """The key of a row: its prompt, or all of it where there is none."""
     if "messages" in row:
         turns = row["messages"]
         return repr(turns[:-1] if turns[-1].get("role") == "assistant" else turns)
@@ -262,7 +262,7 @@ def _hold_out(rows: list[Row], block: DataBlock) -> tuple[list[Row], list[Row]]:
 
 
 def _training_row(row: Row) -> Row:
-    """Only what TRL reads: an answer column would change how it sees the rows."""
+    """The columns that TRL reads: one with answers would change how it sees the rows."""
     return {key: value for key, value in row.items() if key != "answer"}
 
 

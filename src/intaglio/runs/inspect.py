@@ -1,4 +1,4 @@
-"""Look into an adapter without loading a model: what it changes, where, and what it shares with another one."""
+"""The command `inspect`: what an adapter changes, where, and what it shares with another one; no model is loaded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import safetensors
 
-from ..training import unmasking_record as insight, rotation_record as layer_record
-from ..adapter.folder import CONFIG, PEFT_TYPE, WEIGHTS, read_config
 from ..adapter.delta import Delta
-from .folder import adapter_of
+from ..adapter.folder import CONFIG, PEFT_TYPE, WEIGHTS, read_config
 from ..core.entries import Entries, Slices
 from ..core.selection import Selection
+from ..training import rotation_record, unmasking_record
+from .folder import LAYERS, LAYERS_PICTURE, LAYERS_TABLE, SELECTION_PICTURE, UNMASKING, UNMASKING_PICTURE, adapter_of
 
 __all__ = ["grid", "inspect"]
 
@@ -25,7 +25,7 @@ _LAYERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<path>.+?)(?:\.weight
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter sits: in which layer of which stack, and as which projection there."""
+    """The place of a parameter: in which layer of which stack, and as which projection there."""
 
     layer: int
     projection: str  # the path inside the layer, e.g. "self_attn.q_proj"; with the stack where a model has several
@@ -57,7 +57,7 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
     """
     picture = _picture_path(path, output)
     adapter, run = adapter_of(path)
-    record = None if run is None else layer_record.read(path / layer_record.FILE)
+    record = None if run is None else rotation_record.read(path / LAYERS)
     if record is not None and read_config(adapter).get("peft_type") != PEFT_TYPE:
         if other is not None:
             raise ValueError(f"with={str(other)!r}: {adapter} is PEFT's own adapter, which has no chosen entries to compare")
@@ -65,8 +65,9 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
     delta = Delta.load(adapter)
     overlap = None if other is None else _overlap(delta, Delta.load(adapter_of(other)[0]))
     projections, rest = grid(delta.selection)
-    unmasking = _unmasking(path, picture.with_name("unmasking.png")) if run is not None else {}
-    result = _summary(path, delta, run) | {
+    unmasking = _unmasking(path, picture.with_name(UNMASKING_PICTURE)) if run is not None else {}
+    figures = {"method": delta.method, "base": delta.base, "bytes": delta.nbytes, "parameters": len(delta.selection)}
+    result = _summary(path, run, figures, delta.selection.size, of=delta.of) | {
         "projections": {name: _counts(layers) for name, layers in projections.items()},
         "other": rest,
         "picture": None,
@@ -85,42 +86,35 @@ def inspect(path: Path, *, other: Path | None = None, output: Path | None = None
 
 
 def _layers(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a run's record of its layers says, its picture and its table."""
+    """The figures, the picture and the table of a run's record of its layers."""
     from ..report.layers import plot_layers
 
     folder.mkdir(parents=True, exist_ok=True)
     figures = {key: record[key] for key in ("method", "updates", "probes", "skipped", "seconds")}
-    picture = plot_layers(record, folder / "layers.png")
-    table = layer_record.to_csv(record, folder / "layers.csv")
-    return {"layers": figures | {"rows": layer_record.rows(record), "picture": str(picture), "table": str(table)}}
+    picture = plot_layers(record, folder / LAYERS_PICTURE)
+    table = rotation_record.to_csv(record, folder / LAYERS_TABLE)
+    return {"layers": figures | {"rows": rotation_record.rows(record), "picture": str(picture), "table": str(table)}}
 
 
 def _peft_summary(path: Path, adapter: Path, record: Mapping[str, Any], run: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`_summary` of an adapter that PEFT wrote: all of its tensors are trained."""
+    """The figures of an adapter that PEFT wrote: all of its tensors are trained."""
     try:
         with safetensors.safe_open(adapter / WEIGHTS, "pt") as file:
             sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  # no mapping
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{adapter / WEIGHTS}: missing, damaged or truncated ({error})") from error
-    of = (run or {}).get("trainable", {}).get("of")
-    return {
-        "path": str(path),
+    figures = {
         "method": record["method"],
         "base": read_config(adapter).get("base_model_name_or_path"),
         "bytes": sum((adapter / name).stat().st_size for name in (CONFIG, WEIGHTS)),
         "parameters": len(sizes),
-        "entries": sum(sizes),
-        "of": of,
-        "share": sum(sizes) / of if of else None,
-        "projections": {},
-        "other": {},
-        "picture": None,
     }
+    return _summary(path, run, figures, sum(sizes)) | {"projections": {}, "other": {}, "picture": None}
 
 
 def _unmasking(path: Path, picture: Path) -> dict[str, Any]:
-    """What a run's record of unmasking says, and its picture; nothing where the method chose before training."""
-    record = insight.read(path / insight.FILE)
+    """The figures and the picture of a run's record of unmasking; none where the method chose before training."""
+    record = unmasking_record.read(path / UNMASKING)
     if record is None or not record["chosen"]:
         return {}
     from ..report.growth import plot_growth
@@ -187,18 +181,11 @@ def places_of(dims: Mapping[str, int]) -> dict[str, _Place]:
     return places
 
 
-def _summary(path: Path, delta: Delta, run: Mapping[str, Any] | None) -> dict[str, Any]:
-    of = getattr(delta, "of", None) or (run or {}).get("trainable", {}).get("of")
-    return {
-        "path": str(path),
-        "method": delta.method,
-        "base": delta.base,
-        "bytes": delta.nbytes,
-        "parameters": len(delta.selection),
-        "entries": delta.selection.size,
-        "of": of,
-        "share": delta.selection.size / of if of else None,
-    }
+def _summary(
+    path: Path, run: Mapping[str, Any] | None, figures: Mapping[str, Any], entries: int, of: int | None = None
+) -> dict[str, Any]:
+    of = of or (run or {}).get("trainable", {}).get("of")
+    return {"path": str(path), **figures, "entries": entries, "of": of, "share": entries / of if of else None}
 
 
 def _counts(layers: Mapping[int, list[Entries]]) -> dict[str, Any]:
@@ -251,9 +238,9 @@ def _overlap(one: Delta, two: Delta) -> dict[str, Any]:
 
 def _picture_path(path: Path, output: Path | None) -> Path:
     if output is None:
-        return path / "selection.png"
+        return path / SELECTION_PICTURE
     if output.suffix == ".png":
         return output
     if output.suffix and not output.is_dir():
         raise ValueError(f"output {str(output)!r}: pictures are PNG; give a name that ends in .png, or a folder")
-    return output / "selection.png"
+    return output / SELECTION_PICTURE

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..methods import nearest
+from .run_file import unknown_keys
 
-__all__ = ["PEFT_METHODS", "peft_config", "peft_problems"]
+__all__ = ["PEFT_METHODS", "peft_config", "peft_fields", "peft_problems"]
 
 PEFT_METHODS = {
     "lora": "PEFT's LoRA, for comparison; fields are LoraConfig's",
@@ -29,12 +29,21 @@ def peft_config(name: str, fields: Mapping[str, Any]) -> Any:
     return _class(name)(**({"task_type": "CAUSAL_LM"} | dict(fields)))
 
 
+def peft_fields(name: str) -> dict[str, Any]:
+    """The fields and defaults of one of `PEFT_METHODS`, without those that every PEFT config has."""
+    from peft import PeftConfig
+
+    common = {field.name for field in dataclasses.fields(PeftConfig)}
+    defaults = _class(name)()
+    return {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults) if field.name not in common}
+
+
 def peft_problems(block: str, name: str, fields: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the fields of one of `PEFT_METHODS`, a line each, under the run file's `block`."""
+    """Mistakes in the fields of one of `PEFT_METHODS`, a line each, under the run file's `block`."""
     if not fields:
         return []
     known = [field.name for field in dataclasses.fields(_class(name))]
-    unknown = [f"{block}.{key}: unknown key; {nearest(key, known)}" for key in fields if key not in known]
+    unknown = unknown_keys(block, fields, known)
     if unknown or name == "lora":  # what LoraConfig checks, it checks when the model is made
         return unknown
     try:

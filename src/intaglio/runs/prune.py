@@ -9,7 +9,7 @@ from typing import Any
 from ..training import rotation_record as layer_record
 from .config import Config, load_config
 from .folder import read_run
-from .score import load
+from .load import load
 
 __all__ = ["prune"]
 
@@ -70,9 +70,9 @@ def _held_out(config: Config) -> list[dict[str, Any]]:
 
 def _probe(config: Config, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
     """The rows as training would have fed them."""
-    from .config import sft_config
-    from ..hf.trainer import calibration_batches
     from ..core.probe import Batches
+    from ..hf.trainer import calibration_batches
+    from .config import sft_config
 
     with tempfile.TemporaryDirectory() as temporary:
         arguments = sft_config(config.train, temporary)

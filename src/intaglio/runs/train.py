@@ -29,9 +29,9 @@ from .peft_methods import PEFT_METHODS, peft_config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .data import Examples
-    from ..training.regime import Recorder
     from ..core.selection import Selection
+    from ..training.regime import Recorder
+    from .data import Examples
 
 __all__ = ["Run", "train"]
 
@@ -101,8 +101,8 @@ class Run:
 
 def _setup(config: Config, output: Path) -> Run:
     """Check everything that needs no weights, then load the model."""
-    from .data import check_tokenizer, load_examples
     from ..hf.models import check_available, load_model, load_tokenizer
+    from .data import check_tokenizer, load_examples
 
     arguments = sft_config(config.train, str(output))
     check_available(config.model.name, **config.model.kwargs())
@@ -137,8 +137,8 @@ def _refuse_idle_settings(config: Config) -> None:
 def _excluded(config: Config) -> Selection:
     """What other adapters train, which this run must leave alone."""
     from ..adapter.delta import Delta
-    from .folder import adapter_of
     from ..core.selection import Selection
+    from .folder import adapter_of
 
     excluded = Selection()
     for folder in config.attach.exclude:

@@ -1,38 +1,42 @@
-"""Prove that a saved adapter, on a fresh base, is the model that was trained."""
+"""The command `verify`: a proof that a saved adapter, on a fresh base, is the model that was trained."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 
-from ..adapter.folder import read_config
-from ..adapter.delta import Delta
+from .config import load_config
+from .folder import ADAPTER, CHECK, read_run
+from .load import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["apply_adapter", "compare_check", "save_check"]
+__all__ = ["save_check", "verify"]
 
 _TOKENS, _PROMPTS = 32, 4
 
 
-def apply_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Any:
-    """Apply an adapter folder, ours or PEFT's, and return the model to use.
+def verify(run: Path) -> dict[str, Any]:
+    """Reload a finished run's adapter onto a fresh base and compare logits with the trained model's.
+
+    Returns:
+        run, adapter, `equal` (bit for bit), `max_difference` of a logit, and the number of prompts.
 
     Raises:
-        ValueError: where the folder is no adapter, is damaged, or belongs to another base.
+        ValueError: where `run` is no finished run, or its adapter is damaged or does not fit the base.
     """
-    if read_config(Path(folder)).get("peft_type") == "INTAGLIO":
-        Delta.load(folder).apply_(model)
-        return model
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder))
+    config, adapter = load_config(read_run(run)["config"]), run / ADAPTER
+    model, _ = load(config, adapter)
+    saved = safetensors.torch.load_file(run / CHECK)
+    logits = _last_logits(model, saved["input_ids"])
+    difference = (logits - saved["logits"]).abs().max().item()
+    equal = {"equal": torch.equal(logits, saved["logits"]), "max_difference": difference, "prompts": len(logits)}
+    return {"run": str(run), "adapter": str(adapter), **equal}
 
 
 @torch.no_grad()
@@ -43,14 +47,6 @@ def save_check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
     shortest = min(map(len, ids))
     input_ids = torch.tensor([row[-shortest:] for row in ids])
     safetensors.torch.save_file({"input_ids": input_ids, "logits": _last_logits(model, input_ids)}, path)
-
-
-def compare_check(model: PreTrainedModel, path: Path) -> dict[str, Any]:
-    """Compare a reloaded model with `save_check`'s file: `equal` (bit for bit) and the greatest difference."""
-    saved = safetensors.torch.load_file(path)
-    logits = _last_logits(model, saved["input_ids"])
-    difference = (logits - saved["logits"]).abs().max().item()
-    return {"equal": torch.equal(logits, saved["logits"]), "max_difference": difference, "prompts": len(logits)}
 
 
 @torch.no_grad()

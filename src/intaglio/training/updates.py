@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 import torch
@@ -48,11 +48,21 @@ class Updates:
         'none'
     """
 
-    accumulation: Literal["none", "exact", "lean"] = "none"
-    oversampling: int = 10
-    bias_correction: Literal["global", "per_entry"] = "global"
-    clip: Literal["selected", "dense"] = "selected"
-    decay: Literal["zero", "start"] = "zero"
+    # The meanings in short are those of a run file's attach block.
+    accumulation: Literal["none", "exact", "lean"] = field(
+        default="none", metadata={"help": "how gradients of several passes add up while entries are chosen"}
+    )
+    oversampling: int = field(default=10, metadata={"help": "candidates kept per entry to be chosen under accumulation: lean"})
+    bias_correction: Literal["global", "per_entry"] = field(
+        default="global", metadata={"help": "Adam's correction by the update's number, or by the entry's age"}
+    )
+    clip: Literal["selected", "dense"] = field(
+        default="selected",
+        metadata={"help": "the norm that max_grad_norm bounds: of the chosen entries' gradient, or of the whole"},
+    )
+    decay: Literal["zero", "start"] = field(
+        default="zero", metadata={"help": "what weight decay pulls toward: zero, or the base's value"}
+    )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Updates)

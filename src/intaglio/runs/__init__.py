@@ -1,0 +1,1 @@
+"""The commands over a run file, one file each, with its schema, its data and its folder."""
