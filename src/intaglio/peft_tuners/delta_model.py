@@ -1,7 +1,4 @@
-"""Sparse adapters as one PEFT type: training, loading any Delta folder, several adapters, exact merging.
-
-Importing this module registers the type with PEFT, by the three dictionaries through which PEFT looks types up.
-"""
+"""Sparse adapters in a model: their places chosen or taken from a folder, checked, and wrapped."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -20,13 +16,12 @@ from ..adapter.record import Record
 from ..core.fingerprint import fingerprint
 from ..core.selection import Entries, Selection
 from ..training.slots import refuse_differing_ranks
-from . import targets as peft_places
-from .delta_config import TYPE, DeltaConfig, S2FTConfig
+from .delta_config import DeltaConfig
 from .delta_layer import DeltaLayer
 from .guards import check_module, check_parameter, check_tied, check_tokens, refuse_nested, refuse_quantized
-from .targets import owner, unwrapped
+from .targets import excluded, owner, unwrapped
 
-__all__ = ["DeltaConfig", "DeltaModel", "S2FTConfig"]
+__all__ = ["DeltaModel"]
 
 
 @dataclass
@@ -72,9 +67,13 @@ class DeltaModel(BaseTuner):
                 _choose(model, peft_config)
             self._places = _plan(model, peft_config)
         refuse_nested(model, self._places)
+        if peft_config.target_modules is None:
+            # The parameters say it all. To PEFT, which expects some list once an adapter is in a model and adds to it when it
+            # converts one to LoRA, an adapter of parameters targets no module by name.
+            peft_config.target_modules = []
 
     def _check_target_module_exists(self, peft_config: DeltaConfig, key: str) -> Any:  # type: ignore[override]
-        return key in self._places or peft_places.excluded(peft_config, key)
+        return key in self._places or excluded(peft_config, key)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -103,7 +102,7 @@ class DeltaModel(BaseTuner):
         twins = [name for name, other in self.peft_config.items() if other is config and name != adapter]
         for twin in twins if config.is_fixed else []:
             if twin in layer.intaglio_records and layer.has_tensors(twin):
-                return {name: layer._entries(twin, name) for name in layer.intaglio_records[twin]}
+                return {name: tuned.entries for name, tuned in layer.tuned(twin).items()}
         return {}
 
     def _layer(self, path: str) -> DeltaLayer:
@@ -210,11 +209,6 @@ def _plan(model: nn.Module, config: DeltaConfig) -> dict[str, _Places]:
         full = primary[id(parameter)]
         if full != name and full in config.records:
             check_module(model, name)
-            check_tied(name, full, left_out=peft_places.excluded(config, owner(name)) is not False)
+            check_tied(name, full, left_out=excluded(config, owner(name)) is not False)
             places.setdefault(owner(name), _Places()).tied[name.rpartition(".")[2]] = full
     return places
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING[TYPE] = DeltaConfig  # type: ignore[index]  # PEFT looks types up as strings
-PEFT_TYPE_TO_TUNER_MAPPING[TYPE] = DeltaModel  # type: ignore[index]
-PEFT_TYPE_TO_PREFIX_MAPPING[TYPE] = DeltaModel.prefix  # type: ignore[index]
