@@ -1,4 +1,4 @@
-"""The layer of a bottleneck adapter: it stands in a module's place and adds to what the module puts out."""
+"""The layer of a bottleneck adapter: a wrapper that adds to what a module puts out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_MERGE = "a bottleneck adapter is nonlinear and cannot be merged into weights;
 
 @final
 class BottleneckLayer(Wrapper):
-    """Stands in a module's place and adds to its output what the active adapters make of its input or output.
+    """A wrapper that adds to a module's output what the active adapters make of its input or output.
 
     Several active adapters read the same, the bare module's, and their changes add up. Of a module that puts out a tuple
     (attention), the first tensor is read and changed.

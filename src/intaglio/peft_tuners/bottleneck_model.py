@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..model.structure import describe, is_linear, is_transposed
 from .bottleneck_config import TARGET_ROLES, BottleneckConfig
 from .bottleneck_layer import NO_MERGE, BottleneckLayer
 from .guards import check_called
-from .targets import owner
+from .targets import around, owner
+from .wrapper import WrappingTuner
 
 __all__ = ["BottleneckModel"]
 
 
 @final
-class BottleneckModel(BaseTuner):
+class BottleneckModel(WrappingTuner):
     """The tuner of the type INTAGLIO_BOTTLENECK; made by `get_peft_model` and `PeftModel.from_pretrained`."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # typed so by the base class
-
-    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> BottleneckConfig:  # type: ignore[override]
-        return peft_config
 
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find default targets, and check all targets before anything changes."""
@@ -57,14 +54,7 @@ class BottleneckModel(BaseTuner):
         reads, adds = _sizes(self.model, current_key)
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, current_key)
         layer.update_layer(adapter_name, peft_config, adds if peft_config.placement == "series" else reads, adds)
-        if layer is not target:
-            layer._active_adapter = adapter_name
-            self._replace_module(parent, target_name, layer, target)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a layer in a module's place, or back: any module, not only those that own a `weight`."""
-        setattr(parent, child_name, new_module)
+        self.put(layer, parent, target_name, adapter_name, inference_mode=peft_config.inference_mode)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
@@ -123,16 +113,14 @@ def _defaults(model: nn.Module, config: BottleneckConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _refuse_nested(model: nn.Module, targets: Iterable[str]) -> None:
+def _refuse_nested(model: nn.Module, targets: list[str]) -> None:
     """Refuse a target inside another, or inside what another adapter has wrapped; PEFT passes over the inner one.
 
     Raises:
         ValueError: naming both.
     """
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}.union(targets)
     for path in targets:
-        outer = owner(path)
-        while outer:
-            if outer in wrapped or outer in {*targets}:
+        for outer in around(path):
+            if outer in wrapped:
                 raise ValueError(f"target_modules: {path} lies inside {outer}, which is adapted too; adapt one of them")
-            outer = owner(outer)

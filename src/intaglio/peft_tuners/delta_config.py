@@ -34,13 +34,7 @@ class DeltaConfig(TargetedConfig):
 
     Args:
         method: `{"name": …, field: value, …}` as in a run file; what chooses the places of a fresh adapter.
-        target_modules: modules the choice is restricted to: names or their ends, a regex, or "all-linear"; default all.
-        exclude_modules: modules that are left alone, likewise.
-        layers_to_transform: layers the choice is restricted to; with None all.
-        layers_pattern: name of the list that holds the layers, where it is not found by itself.
-        modules_to_save: modules trained and saved whole, e.g. a classifier.
-        trainable_token_indices: tokens whose embeddings are trained too.
-        init_weights: False starts away from the base, for tests.
+        target_modules: modules the choice is restricted to; default all. The other restrictions are `TargetedConfig`'s.
         probe: calibration data for methods that need it; used once, never saved.
         exclude: places another adapter uses, which this one leaves alone; used once, never saved.
         parameters: name → place of a saved adapter; filled when the adapter is made.

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
 
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -20,13 +19,14 @@ from .delta_config import DeltaConfig
 from .delta_layer import DeltaLayer
 from .guards import check_module, check_parameter, check_tied, check_tokens, refuse_nested, refuse_quantized
 from .targets import excluded, owner, unwrapped
+from .wrapper import WrappingTuner
 
 __all__ = ["DeltaModel"]
 
 
 @dataclass
 class _Places:
-    """What one module holds of an adapter."""
+    """One module's part of an adapter."""
 
     records: dict[str, Record] = field(default_factory=dict)
     entries: dict[str, Entries] = field(default_factory=dict)  # of a fresh adapter
@@ -34,12 +34,11 @@ class _Places:
 
 
 @final
-class DeltaModel(BaseTuner):
+class DeltaModel(WrappingTuner):
     """The tuner of the type INTAGLIO; made by `get_peft_model`, `PeftModel.from_pretrained` and transformers' adapters."""
 
     prefix = "intaglio_"
     tuner_layer_cls = DeltaLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # typed so by the base class
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not supported.
@@ -51,9 +50,6 @@ class DeltaModel(BaseTuner):
             "add_weighted_adapter: sparse adapters hold values, not differences, and are not averaged; train disjoint ones "
             "(exclude=) and activate them together: model.base_model.set_adapter([…])"
         )
-
-    def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:  # type: ignore[override]
-        return peft_config
 
     def _prepare_model(self, peft_config: DeltaConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Choose the places of a fresh adapter or take a saved one's, and check them all before anything changes."""
@@ -92,10 +88,7 @@ class DeltaModel(BaseTuner):
         tied = {name: (self._layer(owner(full)), full.rpartition(".")[2]) for name, full in places.tied.items()}
         entries = places.entries or self._entries_of_twin(peft_config, adapter_name, layer)
         layer.update_layer(adapter_name, places.records, entries, tied, noise=not peft_config.init_weights)
-        if layer is not target:
-            layer._active_adapter = adapter_name
-            self._replace_module(parent, target_name, layer, target)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        self.put(layer, parent, target_name, adapter_name, inference_mode=peft_config.inference_mode)
 
     def _entries_of_twin(self, config: DeltaConfig, adapter: str, layer: DeltaLayer) -> dict[str, Entries]:
         """Places of a loaded adapter with the same config: trainers add such a copy as reference, and copy parameters only."""
@@ -109,10 +102,6 @@ class DeltaModel(BaseTuner):
         layer = self.model.get_submodule(path)
         assert isinstance(layer, DeltaLayer)  # named_parameters gives the owner before those that share
         return layer
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a layer in a module's place, or back: any module, not only those that own a `weight`."""
-        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         """Always allowed: values are swapped within the tensor that tied modules share, which PEFT warns about."""

@@ -1,4 +1,4 @@
-"""Where a PEFT adapter goes in a base model: restrictions by module, and the modules that own the parameters."""
+"""Places of a PEFT adapter in a base model: modules that own parameters, and restrictions by module."""
 
 from __future__ import annotations
 
