@@ -1,12 +1,14 @@
 """Intaglio: fine-tune large language models sparsely.
 
-The public names, loaded on first use: importing this package alone imports nothing else.
+The public names, loaded on first use: importing this package alone imports nothing heavy.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .core.version import VERSION
 
 if TYPE_CHECKING:  # what type checkers see of `_HOME`; a test holds the two against each other
     from .adapter.delta import Delta as Delta
@@ -27,7 +29,7 @@ if TYPE_CHECKING:  # what type checkers see of `_HOME`; a test holds the two aga
     from .training.tuner import Tuner as Tuner
     from .training.updates import Updates as Updates
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOME = {  # all others are methods, and live in `methods`
     "attach": "training.attach",

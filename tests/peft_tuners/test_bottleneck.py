@@ -13,7 +13,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from intaglio import IST, Batches, attach
 from intaglio.hf import BottleneckConfig
-from intaglio.peft_tuners.bottleneck_layer import ACTIVATIONS, BottleneckLayer
+from intaglio.peft_tuners.bottleneck_config import ACTIVATIONS
+from intaglio.peft_tuners.bottleneck_layer import BottleneckLayer
 from support import tiny
 from support.peft_models import logits, refuses, same, train
 
@@ -293,8 +294,8 @@ BAD = {
     "learned": ({"scaling": "learned"}, "scaling='learned': give a finite number other than 0"),
     "nan": ({"scaling": float("nan")}, "scaling=nan"),
     "dropout": ({"dropout": 1.0}, "dropout=1.0"),
-    "regex": ({"target_modules": ".*mlp", "layers_to_transform": [0]}, "layers_to_transform: has no effect"),
-    "pattern": ({"layers_pattern": "layers"}, "layers_pattern: has no effect"),
+    "regex": ({"target_modules": ".*mlp", "layers_to_transform": [0]}, "cannot be used when `target_modules` is a str"),
+    "pattern": ({"layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
 }
 
 

@@ -1,6 +1,7 @@
 """One folder, every loader: what PEFT and transformers make of an adapter is what Delta.apply_ makes of it."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,12 +9,13 @@ import sys
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 
 from intaglio import Delta
 from intaglio.adapter.folder import CONFIG
 from intaglio.hf import DeltaConfig, S2FTConfig
 from intaglio.methods import METHODS
+from intaglio.methods import S2FT as Method
 from support import tiny
 from support.peft_models import BF16, FP32, RANDOM, S2FT, applied, delta_folder, logits, refuses, same, train, trained
 
@@ -188,13 +190,62 @@ def test_transformers_own_adapters(tmp_path):
         fresh.load_adapter(str(tmp_path), adapter_name="two", hotswap=True)
 
 
+def conversion_case(case, folder):
+    """A PEFT model whose config names no target, with values away from the base."""
+    if case == "loaded":
+        delta_folder(folder, {"name": "s2ft"} | S2FT)
+        return PeftModel.from_pretrained(tiny.build("gqa_llama"), folder).eval()
+    if case == "random":
+        rows = {"name": "random", "budget": 0.05, "include": ["*o_proj.weight", "*down_proj.weight"]}
+        return trained(DeltaConfig(method=rows), steps=3).eval()
+    return trained(S2FTConfig(**S2FT, layers_to_transform=[1] if case == "one layer" else None), steps=3).eval()
+
+
+@pytest.mark.parametrize("case", ["s2ft", "one layer", "random", "loaded"])
+def test_an_adapter_without_targets_converts_to_lora(case, tmp_path):
+    """PEFT's `convert_to_lora` adds to the config's targets: an adapter that names parameters has a list of none."""
+    model = conversion_case(case, tmp_path)
+    expected, adapted = logits(model), {name.rpartition(".")[0] for name in model.peft_config["default"].parameters}
+    config, tensors = convert_to_lora(model, rank=32)
+    assert config.target_modules == adapted
+    lora = get_peft_model(tiny.build("gqa_llama"), config).eval()
+    assert not set_peft_model_state_dict(lora, tensors).unexpected_keys
+    assert len(tensors) == 2 * len(adapted)
+    assert not torch.equal(logits(tiny.build("gqa_llama")), expected)
+    assert (logits(lora) - expected).abs().max() < 1e-4
+
+
+def test_a_config_used_up_by_a_refusal_still_chooses():
+    """A choice that fails leaves the config as it was: without targets, it is not restricted."""
+    config = S2FTConfig(**S2FT)
+    with refuses("unknown|structure|no "):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), config)
+    assert config.target_modules is None
+    assert get_peft_model(tiny.build("gqa_llama"), config).peft_config["default"].trainable == config.trainable > 0
+
+
+def test_the_shares_of_the_config_are_those_of_the_method():
+    """Names and defaults stand twice, for readers and for command lines; they may not drift apart."""
+    config = {field.name: field for field in dataclasses.fields(S2FTConfig)}
+    for field in dataclasses.fields(Method):
+        assert config[field.name].default == field.default
+        assert config[field.name].metadata["help"]
+    assert S2FTConfig().method == Method().to_dict()
+
+
 def test_importing_registers():
     """In a fresh process, `import intaglio.hf` is enough; the package itself stays cheap to import."""
     code = """
 import sys, intaglio
 assert "peft" not in sys.modules
-import intaglio.hf, peft
-assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["INTAGLIO"] == "intaglio_"
+import peft, intaglio.peft_tuners
+types = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING
+assert "INTAGLIO" not in types, "only register() teaches PEFT"
+import intaglio.hf
+assert types["INTAGLIO"] == "intaglio_" and types["INTAGLIO_BOTTLENECK"] == "bottleneck_"
+before = dict(types)
+intaglio.peft_tuners.register()
+assert types == before
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["INTAGLIO"] is DeltaConfig

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..core.entries import Entries
 from ..core.files import folder_beside, publish, read_mapping
 from ..core.selection import Selection
+from ..core.version import VERSION
 from .names import PREFIX
 from .record import Record, stored_index
 
@@ -130,12 +131,10 @@ def _write_files(contents: Contents, folder: Path) -> None:
 
 
 def _config(contents: Contents) -> dict[str, Any]:
-    from .. import __version__
-
     return {
         "peft_type": PEFT_TYPE,
         "format_version": FORMAT_VERSION,
-        "intaglio_version": __version__,
+        "intaglio_version": VERSION,
         "base_model_name_or_path": contents.base,
         "method": contents.method,
         "trainable": contents.selection.size,

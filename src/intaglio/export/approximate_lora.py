@@ -127,8 +127,9 @@ def _convert(delta: Delta, model: Any, rank: int) -> tuple[Any, Any, dict[str, T
     """(a copy of the base with the delta on it as a PEFT model, LoraConfig, tensors)."""
     from peft import convert_to_lora
 
-    from ..peft_tuners import delta_model as _registers_the_type  # noqa: F401
+    from ..peft_tuners import register
 
+    register()
     with tempfile.TemporaryDirectory() as temporary:
         delta.save(temporary)
         sparse = load_stock(copy.deepcopy(model), Path(temporary))

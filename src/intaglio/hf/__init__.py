@@ -1,11 +1,12 @@
-"""Where Intaglio meets the Hugging Face stack.
+"""The types of our adapters for PEFT and the Trainer's callback.
 
-Importing this package teaches PEFT the type of our adapters: after `import intaglio.hf`, `PeftModel.from_pretrained(base,
-folder)` reads every adapter folder. It also brings bottleneck adapters, a type of their own.
+Importing this package registers the types with PEFT: after `import intaglio.hf`, `PeftModel.from_pretrained(base, folder)`
+reads every adapter folder, and bottleneck adapters, a type of their own.
 """
 
-from ..peft_tuners.bottleneck import BottleneckConfig
-from ..peft_tuners.delta_model import DeltaConfig, S2FTConfig
+from ..peft_tuners import BottleneckConfig, DeltaConfig, S2FTConfig, register
 from .callback import ISTCallback
 
 __all__ = ["BottleneckConfig", "DeltaConfig", "ISTCallback", "S2FTConfig"]
+
+register()

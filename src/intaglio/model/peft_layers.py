@@ -39,10 +39,26 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer holds its weight in packed or integer form."""
-    packed = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))
-    packed = packed or any("qweight" in name or "packed" in name for name, _ in module.named_buffers(recurse=False))
-    return packed or any(not p.is_floating_point() or p.element_size() == 1 for p in module.parameters(recurse=False))
+    """Whether a layer holds its weight in packed or integer form, by its looks, or by PEFT where that is in use."""
+    torchs_own = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))
+    named = any("qweight" in name or "packed" in name for name in module._buffers)
+    named = named or "_packed_params" in module._modules or "W_q" in module._parameters
+    packed = any(_is_packed(parameter) for parameter in module.parameters(recurse=False))
+    return torchs_own or named or packed or _has_quantization_backend(module)
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    # bitsandbytes may store its 4-bit weights as floats, so that they can be sharded; it then keeps their state beside them.
+    stateful = getattr(parameter, "quant_state", None) is not None
+    return stateful or not parameter.is_floating_point() or parameter.element_size() == 1
+
+
+def _has_quantization_backend(module: nn.Module) -> bool:
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return False
+    resolve = peft.utils.quantization_utils.resolve_quantization_backend
+    return resolve(module, get_apply_tensor_subclass=type) is not None  # any value will do: only torchao's merging calls it
 
 
 def model_size(model: nn.Module) -> int:
@@ -141,7 +157,7 @@ def refuse_unscorable(model: nn.Module) -> None:
     refuse_sharded(model, "entries are chosen by whole gradients")
     for name, parameter in model.named_parameters():
         kind = _kind(parameter)
-        packed = is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point() or parameter.element_size() == 1
+        packed = is_traceable_wrapper_subclass(parameter) or _is_packed(parameter)
         if packed and (parameter.requires_grad or not is_peft(model)):
             raise ValueError(f"{name}: quantized ({kind}, {parameter.dtype}); {_UNQUANTIZED}")
     if not is_peft(model):

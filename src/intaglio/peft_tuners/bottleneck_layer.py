@@ -1,33 +1,23 @@
-"""The layer of a bottleneck adapter: it stands in a module's place and adds to what the module puts out."""
+"""The layer of a bottleneck adapter: a wrapper that adds to what a module puts out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..model.structure import is_transposed
+from .bottleneck_config import ACTIVATIONS, BottleneckConfig
+from .wrapper import Wrapper
 
-if TYPE_CHECKING:
-    from .bottleneck import BottleneckConfig
+__all__ = ["NO_MERGE", "BottleneckLayer"]
 
-__all__ = ["ACTIVATIONS", "NO_MERGE", "BottleneckLayer"]
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": nn.functional.gelu,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-}
 NO_MERGE = "a bottleneck adapter is nonlinear and cannot be merged into weights; keep it as an adapter, or train LoRA instead"
 
 
 @final
-class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """Stands in a module's place and adds to its output what the active adapters make of its input or output.
+class BottleneckLayer(Wrapper):
+    """A wrapper that adds to a module's output what the active adapters make of its input or output.
 
     Several active adapters read the same, the bare module's, and their changes add up. Of a module that puts out a tuple
     (attention), the first tensor is read and changed.
@@ -45,15 +35,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("bottleneck_dropout", "bottleneck_config")
 
     def __init__(self, base_layer: nn.Module, path: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, path)
         self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_dropout = nn.ModuleDict()
         self.bottleneck_config: dict[str, BottleneckConfig] = {}
-        self._path = path
-        self._disable_adapters, self.merged_adapters = False, []
-        if is_transposed(base_layer):  # PEFT's layers tell their sizes; other modules' own are passed on
-            self.in_features, self.out_features = self.get_base_layer().weight.shape  # type: ignore[union-attr]
 
     def update_layer(self, adapter: str, config: BottleneckConfig, reads: int, adds: int) -> None:
         """Make room for an adapter.
@@ -108,18 +93,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         first = next(base_layer.parameters(), None)
         return (device, dtype) if device is not None or first is None else (first.device, first.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the wrapper does not have is the module's: sizes, flags, child modules."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("_"):
-                raise
-            return getattr(self.base_layer, name)
-
-    def __repr__(self) -> str:
-        return f"intaglio.{super().__repr__()}"
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,7 +1,4 @@
-"""Sparse adapters as one PEFT type: training, loading any Delta folder, several adapters, exact merging.
-
-Importing this module registers the type with PEFT, by the three dictionaries through which PEFT looks types up.
-"""
+"""Sparse adapters in a model: their places chosen or taken from a folder, checked, and wrapped."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -21,18 +16,18 @@ from ..core.entries import Entries
 from ..core.fingerprint import fingerprint
 from ..core.selection import Selection
 from ..training.ranks import refuse_differing
-from . import targets as peft_places
-from .delta_config import TYPE, DeltaConfig, S2FTConfig
+from .delta_config import DeltaConfig
 from .delta_layer import DeltaLayer
 from .guards import check_module, check_parameter, check_tied, check_tokens, refuse_nested, refuse_quantized
-from .targets import owner, unwrapped
+from .targets import excluded, owner, unwrapped
+from .wrapper import WrappingTuner
 
-__all__ = ["DeltaConfig", "DeltaModel", "S2FTConfig"]
+__all__ = ["DeltaModel"]
 
 
 @dataclass
 class _Places:
-    """What one module holds of an adapter."""
+    """One module's part of an adapter."""
 
     records: dict[str, Record] = field(default_factory=dict)
     entries: dict[str, Entries] = field(default_factory=dict)  # of a fresh adapter
@@ -40,12 +35,11 @@ class _Places:
 
 
 @final
-class DeltaModel(BaseTuner):
+class DeltaModel(WrappingTuner):
     """The tuner of the type INTAGLIO; made by `get_peft_model`, `PeftModel.from_pretrained` and transformers' adapters."""
 
     prefix = "intaglio_"
     tuner_layer_cls = DeltaLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # typed so by the base class
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not supported.
@@ -57,9 +51,6 @@ class DeltaModel(BaseTuner):
             "add_weighted_adapter: sparse adapters hold values, not differences, and are not averaged; train disjoint ones "
             "(exclude=) and activate them together: model.base_model.set_adapter([…])"
         )
-
-    def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:  # type: ignore[override]
-        return peft_config
 
     def _prepare_model(self, peft_config: DeltaConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Choose the places of a fresh adapter or take a saved one's, and check them all before anything changes."""
@@ -73,9 +64,13 @@ class DeltaModel(BaseTuner):
                 _choose(model, peft_config)
             self._places = _plan(model, peft_config)
         refuse_nested(model, self._places)
+        if peft_config.target_modules is None:
+            # The parameters say it all. To PEFT, which expects some list once an adapter is in a model and adds to it when it
+            # converts one to LoRA, an adapter of parameters targets no module by name.
+            peft_config.target_modules = []
 
     def _check_target_module_exists(self, peft_config: DeltaConfig, key: str) -> Any:  # type: ignore[override]
-        return key in self._places or peft_places.excluded(peft_config, key)
+        return key in self._places or excluded(peft_config, key)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -94,27 +89,20 @@ class DeltaModel(BaseTuner):
         tied = {name: (self._layer(owner(full)), full.rpartition(".")[2]) for name, full in places.tied.items()}
         entries = places.entries or self._entries_of_twin(peft_config, adapter_name, layer)
         layer.update_layer(adapter_name, places.records, entries, tied, noise=not peft_config.init_weights)
-        if layer is not target:
-            layer._active_adapter = adapter_name
-            self._replace_module(parent, target_name, layer, target)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        self.put(layer, parent, target_name, adapter_name, inference_mode=peft_config.inference_mode)
 
     def _entries_of_twin(self, config: DeltaConfig, adapter: str, layer: DeltaLayer) -> dict[str, Entries]:
         """Places of a loaded adapter with the same config: trainers add such a copy as reference, and copy parameters only."""
         twins = [name for name, other in self.peft_config.items() if other is config and name != adapter]
         for twin in twins if config.is_fixed else []:
             if twin in layer.intaglio_records and layer.has_tensors(twin):
-                return {name: layer._entries(twin, name) for name in layer.intaglio_records[twin]}
+                return {name: tuned.entries for name, tuned in layer.tuned(twin).items()}
         return {}
 
     def _layer(self, path: str) -> DeltaLayer:
         layer = self.model.get_submodule(path)
         assert isinstance(layer, DeltaLayer)  # named_parameters gives the owner before those that share
         return layer
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a layer in a module's place, or back: any module, not only those that own a `weight`."""
-        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         """Always allowed: values are swapped within the tensor that tied modules share, which PEFT warns about."""
@@ -211,11 +199,6 @@ def _plan(model: nn.Module, config: DeltaConfig) -> dict[str, _Places]:
         full = primary[id(parameter)]
         if full != name and full in config.records:
             check_module(model, name)
-            check_tied(name, full, left_out=peft_places.excluded(config, owner(name)) is not False)
+            check_tied(name, full, left_out=excluded(config, owner(name)) is not False)
             places.setdefault(owner(name), _Places()).tied[name.rpartition(".")[2]] = full
     return places
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING[TYPE] = DeltaConfig  # type: ignore[index]  # PEFT looks types up as strings
-PEFT_TYPE_TO_TUNER_MAPPING[TYPE] = DeltaModel  # type: ignore[index]
-PEFT_TYPE_TO_PREFIX_MAPPING[TYPE] = DeltaModel.prefix  # type: ignore[index]

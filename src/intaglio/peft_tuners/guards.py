@@ -1,16 +1,16 @@
-"""What a sparse PEFT adapter cannot wrap, refused by name before anything changes."""
+"""Guards of our PEFT adapters: what they cannot wrap is refused by name before anything changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
 from ..adapter.record import Record
+from ..model.peft_layers import is_quantized
 from .delta_layer import DeltaLayer
-from .targets import owner
+from .targets import around, owner
 
 __all__ = ["check_called", "check_module", "check_parameter", "check_tied", "check_tokens", "refuse_nested", "refuse_quantized"]
 
@@ -25,7 +25,7 @@ def refuse_quantized(model: nn.Module) -> None:
         ValueError: naming the first quantized module.
     """
     for path, module in model.named_modules():
-        if _is_quantized(module):
+        if is_quantized(module):
             raise ValueError(
                 f"{path}: quantized ({type(module).__name__}); sparse training replaces weights and needs a floating-point "
                 "base: load the model without quantization"
@@ -60,7 +60,7 @@ def check_module(model: nn.Module, parameter: str) -> None:
     if not path:
         raise ValueError(f"{parameter}: belongs to the model itself; PEFT wraps submodules only: use intaglio.Delta.apply_")
     module = model.get_submodule(path)
-    if _is_quantized(module):
+    if is_quantized(module):
         raise ValueError(f"{parameter}: quantized ({type(module).__name__}); load the model without quantization")
     if isinstance(module, nn.RNNBase) or "parametrizations" in path.split("."):
         raise ValueError(f"{parameter}: {type(module).__name__} keeps its own copies of weights; use intaglio.Delta.apply_")
@@ -117,17 +117,9 @@ def refuse_nested(model: nn.Module, places: Iterable[str]) -> None:
     """
     wrapped = {path for path, module in model.named_modules() if isinstance(module, DeltaLayer)} | set(places)
     for path in wrapped:
-        outer = owner(path)
-        while outer:
+        for outer in around(path):
             if outer in wrapped:
                 raise ValueError(
                     f"{path}: lies inside {outer}, whose own parameters an adapter changes too; PEFT cannot wrap both: use "
                     "intaglio.Delta.apply_"
                 )
-            outer = owner(outer)
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    integers = any(not p.is_floating_point() for p in module._parameters.values() if p is not None)
-    packed = "qweight" in module._buffers or "_packed_params" in module._modules or "W_q" in module._parameters
-    return integers or packed or resolve_quantization_backend(module) is not None

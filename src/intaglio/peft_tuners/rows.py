@@ -1,4 +1,4 @@
-"""Split a mixed batch into one piece per adapter."""
+"""The pieces of a mixed batch, one per adapter."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +13,80 @@ from ..adapter.record import Record, stored_index
 from ..core.entries import Entries
 from ..core.fingerprint import fingerprint
 
-__all__ = ["call_with", "check_base", "fresh", "replaced", "vacant"]
+__all__ = ["Tuned", "call_with", "fresh", "vacant"]
 
 
-def check_base(name: str, record: Record, entries: Entries, weight: Tensor) -> None:
-    """Refuse a base that is not the one an adapter was trained on.
+@final
+@dataclass(frozen=True)
+class Tuned:
+    """The values that an adapter puts in place of some entries of one parameter.
 
-    Raises:
-        ValueError: naming the parameter, what was expected and what was found.
+    Args:
+        record: what the adapter's config says of the parameter.
+        values: compact; fp32, unless they were cast to the base's type.
+        stored: the index as it is stored; None for a whole parameter.
     """
-    if weight.dtype != record.dtype:
-        raise ValueError(
-            f"{name}: trained on a {record.dtype} base, the model is {weight.dtype}; load it with dtype={record.dtype}"
-        )
-    found = fingerprint(entries.to(weight.device).gather(weight))
-    if found != record.fingerprint:
-        raise ValueError(
-            f"{name}: base fingerprint {record.fingerprint} expected, {found} found: the model is not the base this adapter "
-            "was trained on, or it has been changed since"
-        )
+
+    record: Record
+    values: Tensor
+    stored: Tensor | None
+
+    @property
+    def entries(self) -> Entries:
+        """Their places.
+
+        Raises:
+            ValueError: for a stored index that is damaged or was never loaded.
+        """
+        return self.record.entries(self.stored)
+
+    @property
+    def index(self) -> Tensor | None:
+        """Their places as int64: of slices along `record.dim`, of elements in the flat parameter; None for all."""
+        return None if self.stored is None else self.record.offsets(self.stored)
+
+    def placed(self, weight: Tensor) -> Tensor:
+        """`weight` with the values, rounded to its type, in place; a new tensor, differentiable in the values."""
+        values, index = self.values.to(weight.dtype), self.index
+        if index is None:
+            return values
+        if self.record.dim is not None:
+            return weight.index_copy(self.record.dim, index, values)
+        return weight.flatten().index_copy(0, index, values).view(weight.shape)
+
+    def is_loaded(self) -> bool:
+        """Whether no tensor is `vacant`."""
+        tensors = [self.values] if self.stored is None else [self.values, self.stored]
+        return not any(t.is_meta or bool((t.isnan() if t.is_floating_point() else t == -1).all()) for t in tensors)
+
+    def check(self, name: str, adapter: str, weight: Tensor) -> None:
+        """Refuse tensors that are damaged or missing, and a base that is not the one they were trained on.
+
+        Args:
+            name: of the parameter, for messages.
+            adapter: name of the adapter, for messages.
+            weight: the base's parameter.
+
+        Raises:
+            ValueError: naming the parameter, what was expected and what was found.
+        """
+        try:
+            entries = self.entries
+        except ValueError as error:
+            raise ValueError(f"{name}: adapter {adapter!r} is damaged, or its tensors were never loaded: {error}") from error
+        if not bool(self.values.isfinite().all()):
+            raise ValueError(f"{name}: values of adapter {adapter!r} are not all finite, or were never loaded")
+        expected = self.record
+        if weight.dtype != expected.dtype:
+            raise ValueError(
+                f"{name}: trained on a {expected.dtype} base, the model is {weight.dtype}; load it with dtype={expected.dtype}"
+            )
+        found = fingerprint(entries.to(weight.device).gather(weight))
+        if found != expected.fingerprint:
+            raise ValueError(
+                f"{name}: base fingerprint {expected.fingerprint} expected, {found} found: the model is not the base this "
+                "adapter was trained on, or it has been changed since"
+            )
 
 
 def call_with(module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -63,13 +119,3 @@ def vacant(record: Record, weight: Tensor) -> tuple[Tensor | None, Tensor]:
     if record.indices is None:
         return None, values
     return torch.full(record.index_shape, -1, dtype=record.index_dtype, device=weight.device), values
-
-
-def replaced(weight: Tensor, values: Tensor, index: Tensor | None, dim: int | None) -> Tensor:
-    """`weight` with `values`, rounded to its type, at `index`; a new tensor."""
-    values = values.to(weight.dtype)
-    if index is None:
-        return values
-    if dim is not None:
-        return weight.index_copy(dim, index, values)
-    return weight.flatten().index_copy(0, index, values).view(weight.shape)

@@ -55,7 +55,7 @@ def peft_problems(block: str, name: str, fields: Mapping[str, Any]) -> list[str]
 
 def _class(name: str) -> type[Any]:
     if name == "bottleneck":
-        from ..peft_tuners.bottleneck import BottleneckConfig
+        from ..hf import BottleneckConfig
 
         return BottleneckConfig
     from peft import LoraConfig
