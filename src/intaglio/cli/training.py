@@ -16,6 +16,13 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the newest complete checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in the output folder")] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a package of yours whose methods the run file may name, as method.name=package.module:Class; its code runs",
+            metavar="PACKAGE",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -33,7 +40,7 @@ def train(
     def work() -> dict[str, Any]:
         from ..runs.train import train as run
 
-        return run(run_file, overrides or (), resume=resume, overwrite=overwrite)
+        return run(run_file, overrides or (), resume=resume, overwrite=overwrite, allow=allow or ())
 
     finish(guarded(work, debug), as_json, "run")
 

@@ -14,7 +14,7 @@ from ..core.entries import Entries, Slices, Whole
 from ..core.probe import Probe
 from ..core.scores import stable_seed
 from ..core.selection import Selection
-from ..method_kinds.method import Method
+from ..method_kinds.unit_method import UnitMethod
 from ..model.families import ROLES
 from ..model.structure import describe, is_linear, is_transposed
 from .base_config import TargetedConfig
@@ -47,13 +47,15 @@ def split(model: nn.Module, config: TargetedConfig) -> tuple[dict[str, list[str]
     return roles, [path for path in targets if path not in roles]
 
 
-def units(model: nn.Module, roles: Mapping[str, list[str]], method: Method, probe: Probe | None, exclude: Selection) -> Selection:
+def units(
+    model: nn.Module, roles: Mapping[str, list[str]], method: UnitMethod, probe: Probe | None, exclude: Selection
+) -> Selection:
     """The units that a method chooses in some projections of a model.
 
     Args:
         model: the base.
         roles: path of a projection → the roles it plays, as `split` gives them.
-        method: has a field for each role, the share of its units.
+        method: says how units rank.
         probe: calibration data, for a method that needs it.
         exclude: entries the method must leave alone.
 
@@ -68,8 +70,8 @@ def units(model: nn.Module, roles: Mapping[str, list[str]], method: Method, prob
     layers = [[*layer.projections.values()] for layer in describe(model)]
     untouched = [layer for layer in layers if not any(owner(p.parameter) in roles for p in layer)]
     others = Selection({p.parameter: Whole(p.shape) for layer in untouched for p in layer})
-    narrowed = dataclasses.replace(method, **shares)  # type: ignore[type-var]  # every method is a dataclass
-    chosen, _ = narrowed.choose({}, model, 0, probe, exclude.union(others))
+    narrowed = dataclasses.replace(method, **shares)
+    chosen = narrowed.choose(model, probe, exclude.union(others))
     return Selection({name: entries for name, entries in chosen.items() if owner(name) in roles})
 
 

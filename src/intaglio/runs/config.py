@@ -25,9 +25,9 @@ from ..training.updates import Updates
 from .methods import build_blocks
 from .peft_methods import peft_problems
 from .run_file import read_blocks, unknown_keys
-from .sft_config import sft_config, train_problems
+from .sft_config import train_problems
 
-__all__ = ["UPDATES", "AttachBlock", "Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config", "sft_config"]
+__all__ = ["UPDATES", "AttachBlock", "Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config"]
 
 UPDATES = tuple(field.name for field in dataclasses.fields(Updates))  # the keys of `attach` that are fields of `Updates`
 
@@ -155,18 +155,19 @@ class Config(_Block):
         """The method to attach, built once from `method` and `schedule`; None where PEFT trains by itself."""
         return self._attached
 
-    def build(self) -> Method | None:
-        """`attached`, under the name that `train` still calls."""
-        return self._attached
 
-
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, allow: Sequence[str] = (), build: bool = True
+) -> Config:
     """Read and check a run file.
 
     Args:
         source: path of a YAML file, or the blocks as a mapping.
         overrides: `block.key=value` strings; values are YAML (`train.learning_rate=1e-3`). A whole block is replaced by
             a mapping: `method={name: lora, r: 8}`.
+        allow: packages whose methods may be named, as `package.module:Class`; their code runs.
+        build: check and build the method; default True. A command that trains nothing does not, so that no code of a method
+            runs because a run's folder names it.
 
     Raises:
         ValueError: all problems in one message, a line each: what is wrong, and the nearest known key.
@@ -175,7 +176,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if isinstance(raw.setdefault("method", {}), dict):
         raw["method"] = {"name": "s2ft"} | raw["method"]
     config, problems = _validated(raw)
-    method, wrong = build_blocks(raw["method"], raw.get("schedule"))
+    method, wrong = build_blocks(raw["method"], raw.get("schedule"), allow) if build else (None, [])
     problems += wrong + train_problems(raw.get("train"))
     if config is not None:
         problems += peft_problems("attach.lora", "lora", config.attach.lora or {}) + _update_problems(config)

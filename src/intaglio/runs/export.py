@@ -181,7 +181,7 @@ def _source(source: Any, adapter: Path, run: dict[str, Any] | None, base: str | 
     if run is not None:
         from .config import load_config
 
-        config = load_config(run["config"])
+        config = load_config(run["config"], build=False)
         return _Source(config.model.name, config.model.kwargs() | arguments, config.train.get("chat_template_path"))
     if source.base is None:
         raise ValueError(f"{adapter}: names no base model (it was a local folder); give --base NAME_OR_FOLDER")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..method_kinds.layer_method import LayerMethod
@@ -19,17 +20,18 @@ def list_methods() -> dict[str, dict[str, Any]]:
     return ours | peft
 
 
-def build_blocks(method: Any, schedule: Any) -> tuple[Method | None, list[str]]:
+def build_blocks(method: Any, schedule: Any, allow: Sequence[str] = ()) -> tuple[Method | None, list[str]]:
     """The method to attach, and what is wrong with the two blocks of a run file that describe it.
 
     Args:
         method: the method block: name and fields.
         schedule: the schedule block: name and fields of a method that trains layers in turn; None for none.
+        allow: packages whose methods may be named, as `package.module:Class`.
 
     Returns:
         (method, layers in turn included, or None where PEFT trains by itself; problems, a line each).
     """
-    of, problems = _build_method(method)
+    of, problems = _build_method(method, allow)
     if not isinstance(schedule, dict):
         return of, problems  # there is none, or pydantic has said so
     in_turn = [name for name, cls in METHODS.items() if issubclass(cls, LayerMethod)]
@@ -44,15 +46,15 @@ def build_blocks(method: Any, schedule: Any) -> tuple[Method | None, list[str]]:
         return None, [*problems, str(error)]
 
 
-def _build_method(method: Any) -> tuple[Method | None, list[str]]:
+def _build_method(method: Any, allow: Sequence[str]) -> tuple[Method | None, list[str]]:
     if not isinstance(method, dict):
         return None, []  # pydantic has said so
     name = method.get("name")
     if isinstance(name, str) and name in PEFT_METHODS:
         return None, peft_problems("method", name, {key: value for key, value in method.items() if key != "name"})
-    if not isinstance(name, str) or name not in METHODS:
+    if not isinstance(name, str) or (name not in METHODS and ":" not in name):
         return None, [f"method.name={name!r}: unknown; {nearest(str(name), [*METHODS, *PEFT_METHODS])}"]
     try:
-        return build(method), []
+        return build(method, allowed=allow), []
     except ValueError as error:
         return None, [str(error)]

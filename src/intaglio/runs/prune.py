@@ -51,7 +51,7 @@ def prune(run: Path, layers: int, output: Path | None = None, *, held_out: int =
     adapter = run / "adapter"
     engine.check_prunable(adapter, record, layers)
     check_target(target, overwrite=overwrite)
-    config = load_config(stored["config"]) if held_out else None
+    config = load_config(stored["config"], build=False) if held_out else None
     rows = [] if config is None else _held_out(config)[:held_out]
     if config is None or not rows:
         return {"rows": 0, **engine.prune(adapter, record, layers, target, overwrite=overwrite)}
@@ -72,7 +72,7 @@ def _probe(config: Config, model: Any, tokenizer: Any, rows: list[dict[str, Any]
     """The rows as training would have fed them."""
     from ..core.probe import Batches
     from ..hf.trainer import calibration_batches
-    from .config import sft_config
+    from .sft_config import sft_config
 
     with tempfile.TemporaryDirectory() as temporary:
         arguments = sft_config(config.train, temporary)

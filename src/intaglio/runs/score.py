@@ -28,7 +28,7 @@ def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None)
         ValueError: for a bad run file, missing data, a missing or foreign adapter.
     """
     source, own = (read_run(run)["config"], run / ADAPTER) if run.is_dir() else (run, None)
-    config, adapter = load_config(source, overrides), adapter or own
+    config, adapter = load_config(source, overrides, build=False), adapter or own
     from .answers import evaluate
     from .data import load_examples
 

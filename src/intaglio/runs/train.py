@@ -1,30 +1,23 @@
 """One run, read top to bottom: check → load → attach → train → save → score → report.
 
-OUTPUT/
-  run.json            config, versions, trainable share, seconds per step, peak memory, loss log, scores
-  adapter/            the result: a Delta (or a PEFT folder, for PEFT's own methods)
-  check.safetensors   a few prompts and the tuned model's logits, for `intaglio verify`
-  answers.jsonl       every held-out answer, before and after
-  unmasking.json      where the budget went, update by update, for methods that choose while training
-  layers.json         importance, draws and visits, for layers that train in turn
-  loss.png accuracy.png
-  checkpoint-N/       while it runs
+What it writes into its output folder stands in `folder`, name by name.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import UPDATES, AttachBlock, Config, load_config, sft_config
+from ..model.peft_layers import model_size
+from . import folder
+from .config import UPDATES, AttachBlock, Config, load_config
 from .peft_methods import PEFT_METHODS, peft_config
+from .sft_config import sft_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,10 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "train"]
 
-UNMASKING = "unmasking.json"
-_OURS = ("run.json", "adapter", "check.safetensors", "answers.jsonl", "loss.png", "accuracy.png", UNMASKING, "unmasking.png")
-_OURS += ("layers.json", "layers.png", "layers.csv")
-
 
 def train(
     source: str | Path | Mapping[str, Any],
@@ -46,6 +35,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train as a run file says and write everything into its output folder.
 
@@ -54,6 +44,7 @@ def train(
         overrides: `block.key=value` strings on top.
         resume: continue from the newest complete checkpoint in the output folder (from the start, if there is none).
         overwrite: replace an earlier run in the output folder.
+        allow: packages whose methods the run file may name, as `package.module:Class`; their code runs.
 
     Returns:
         What `run.json` holds.
@@ -67,13 +58,13 @@ def train(
         >>> result["trainable"]["entries"]
         1385856
     """
-    config = load_config(source, overrides)
-    output = _output_folder(config, source, resume=resume, overwrite=overwrite)
+    config = load_config(source, overrides, allow=allow)
+    output = folder.output_folder(config.train.get("output_dir"), source, resume=resume, overwrite=overwrite)
     run = _setup(config, output)
     checkpoint = _checkpoint(output) if resume else None
     trainer = _make_trainer(run, checkpoint)  # attaches: the last thing that a mistake of the user can stop
     if overwrite:
-        _remove_earlier(output)
+        folder.remove_earlier(output)
     before = _score(run, "before") if config.evaluate is not None and config.evaluate.before else None
     training = _fit(run, trainer, checkpoint)
     adapter = _save(run, trainer)
@@ -123,7 +114,7 @@ def _setup(config: Config, output: Path) -> Run:
 
 def _refuse_idle_settings(config: Config) -> None:
     """Refuse what the method as set would pass over in silence."""
-    name, is_peft, chosen = config.method["name"], config.method["name"] in PEFT_METHODS, config.build()
+    name, is_peft, chosen = config.method["name"], config.method["name"] in PEFT_METHODS, config.attached
     defaults = AttachBlock.model_validate({})
     if is_peft and config.attach != defaults:
         raise ValueError(f"attach: has no effect with method.name={name!r}; drop the block")
@@ -138,11 +129,10 @@ def _excluded(config: Config) -> Selection:
     """What other adapters train, which this run must leave alone."""
     from ..adapter.delta import Delta
     from ..core.selection import Selection
-    from .folder import adapter_of
 
     excluded = Selection()
-    for folder in config.attach.exclude:
-        excluded = excluded.union(Delta.load(adapter_of(Path(folder))[0]).selection)
+    for given in config.attach.exclude:
+        excluded = excluded.union(Delta.load(folder.adapter_of(Path(given))[0]).selection)
     return excluded
 
 
@@ -156,7 +146,7 @@ def _make_trainer(run: Run, checkpoint: Path | None) -> Any:
     from ..training.attach import attach
 
     common: dict[str, Any] = {"args": run.arguments, "processing_class": run.tokenizer, **run.examples.datasets()}
-    method, chosen, lora = dict(run.config.method), run.config.build(), run.config.attach.lora
+    method, chosen, lora = dict(run.config.method), run.config.attached, run.config.attach.lora
     if chosen is None:
         trainer = CheckpointedSFTTrainer(run.model, peft_config=peft_config(method.pop("name"), method), **common)
         run.model = trainer.model
@@ -216,7 +206,7 @@ def _save(run: Run, trainer: Any) -> Path:
     """Write the adapter, and the logits that `verify` compares with."""
     from .verify import save_check
 
-    adapter = run.output / "adapter"
+    adapter = run.output / folder.ADAPTER
     for recorder in run.recorders:
         recorder.save(run.output)
     if run.tuner is not None:
@@ -224,7 +214,7 @@ def _save(run: Run, trainer: Any) -> Path:
         run.tuner.detach()
     else:
         run.model.save_pretrained(str(adapter))
-    save_check(run.model, run.tokenizer, run.examples.held_out or run.examples.train, run.output / "check.safetensors")
+    save_check(run.model, run.tokenizer, run.examples.held_out or run.examples.train, run.output / folder.CHECK)
     return adapter
 
 
@@ -244,10 +234,9 @@ def _summary(
 ) -> dict[str, Any]:
     if run.answers:
         lines = (json.dumps(record, default=str) for record in run.answers)
-        (run.output / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    added = ("lora_", "bottleneck_")
-    total = sum(p.numel() for n, p in run.model.named_parameters() if not any(prefix in n for prefix in added))
-    entries = run.tuner.selection.size if run.tuner is not None else _trainable(run.model)
+        (run.output / folder.ANSWERS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    total, trained = model_size(run.model), sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    entries = trained if run.tuner is None else run.tuner.selection.size
     return {
         "output": str(run.output),
         "config": run.config.model_dump(mode="json"),
@@ -265,46 +254,10 @@ def _report(output: Path, result: dict[str, Any]) -> None:
     from ..report.plots import plot_accuracy, plot_loss
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    plot_loss(result["training"]["history"], output / "loss.png")
+    (output / folder.RESULT).write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    plot_loss(result["training"]["history"], output / folder.LOSS)
     if result["after"] is not None:
-        plot_accuracy(result["before"], result["after"], output / "accuracy.png")
-
-
-def _output_folder(config: Config, source: Any, *, resume: bool, overwrite: bool) -> Path:
-    """The output folder; an earlier run in it is refused, continued or, later, replaced: never mixed."""
-    if resume and overwrite:
-        raise ValueError("resume and overwrite contradict each other; give one of them")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("intaglio train runs in one process; in a loop of your own, attach works under data parallelism")
-    stem = Path(source).stem if isinstance(source, (str, Path)) else "run"
-    output = Path(config.train.get("output_dir") or Path("runs") / stem)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"train.output_dir={str(output)!r}: is a file; give a folder")
-    earlier = _earlier(output)
-    if earlier and not resume and not overwrite:
-        raise ValueError(
-            f"{output}: already holds a run ({earlier[0].name}); --resume continues it, --overwrite replaces it, or set "
-            "another train.output_dir"
-        )
-    return output
-
-
-def _earlier(output: Path) -> list[Path]:
-    """What an earlier run left in its folder."""
-    return [p for p in (*(output / name for name in _OURS), *output.glob("checkpoint-*")) if p.exists()]
-
-
-def _remove_earlier(output: Path) -> None:
-    for path in _earlier(output):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _trainable(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+        plot_accuracy(result["before"], result["after"], output / folder.ACCURACY)
 
 
 def _versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ def verify(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: where `run` is no finished run, or its adapter is damaged or does not fit the base.
     """
-    config, adapter = load_config(read_run(run)["config"]), run / ADAPTER
+    config, adapter = load_config(read_run(run)["config"], build=False), run / ADAPTER
     model, _ = load(config, adapter)
     saved = safetensors.torch.load_file(run / CHECK)
     logits = _last_logits(model, saved["input_ids"])
