@@ -1,9 +1,13 @@
-"""`intaglio doctor --serve`: the command line that serves adapters rightly, and a refusal for each way to serve them wrongly."""
+"""`intaglio doctor`: the command line that serves adapters rightly, and a refusal for each way to serve them wrongly."""
 
+import ast
 import importlib.metadata
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +15,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
+import intaglio
 from intaglio import Random
 from intaglio.cli import app
 from intaglio.core.selection import Selection, Slices
 from intaglio.doctor.engines import ENGINES, FEATURES
 from intaglio.doctor.examine import examine, slot_bytes
-from intaglio.doctor.running import parse
 from intaglio.export.gguf import to_gguf
 from intaglio.export.lora import RANKS, to_lora
 from intaglio.hf.models import Outline, outline
@@ -86,6 +90,10 @@ def refused(engine, *adapters, **options):
     assert result["command"] is None
     assert not result["first"]
     return " | ".join(result["refused"])
+
+
+def parse(command, engine):
+    return ENGINES[engine].dialect.read(command)
 
 
 def foreign(folder, model=None, **config):
@@ -351,17 +359,59 @@ def test_partial_layers_cannot_be_told_without_the_base(shelf):
     assert not one("lorax", shelf / "plain")["refused"]
 
 
-def test_vllm_on_a_cpu_without_our_plugin_is_refused(shelf, monkeypatch):
+@pytest.fixture
+def plugin(monkeypatch):
+    """Our plugin among vLLM's, and an environment that does not speak of it."""
+    point = importlib.metadata.EntryPoint("intaglio", "intaglio.vllm_plugin:register", "vllm.general_plugins")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: (point,))
+    for name in ("INTAGLIO_VLLM", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_vllm_on_a_cpu_without_our_plugin_is_refused(shelf, plugin, monkeypatch):
     """Trap 5: requests for the base get the last slot's adapter."""
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
-    assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu")
-    assert not one("vllm", shelf / "plain", device="gpu")["refused"]
-    plugin = importlib.metadata.EntryPoint("intaglio", "intaglio.vllm_plugin:register", "vllm.general_plugins")
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: (plugin,))
     assert not one("vllm", shelf / "plain", device="cpu")["refused"]
     assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu", version="0.33.0")  # where it stays out
     monkeypatch.setenv("INTAGLIO_VLLM", "0")
     assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu")
+    monkeypatch.delenv("INTAGLIO_VLLM")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
+    reason = refused("vllm", shelf / "plain", device="cpu")
+    assert "vllm#48421" in reason
+    assert "start that with INTAGLIO_VLLM=1" in reason
+    assert not one("vllm", shelf / "plain", device="gpu")["refused"]
+
+
+def test_the_command_asks_for_the_plugin_where_it_is_needed(shelf, plugin, monkeypatch):
+    """It is off by default, so that vLLM on a CPU has to be started with a variable, which stands before the command."""
+    result = one("vllm", shelf / "plain", device="cpu")
+    assert result["environment"] == {"INTAGLIO_VLLM": "1"}
+    assert result["command"].startswith("INTAGLIO_VLLM=1 vllm serve ")
+    assert not one("vllm", shelf / "plain", device="cpu", command=result["command"])["refused"]
+    result = one("vllm", shelf / "plain", device="gpu")
+    assert result["environment"] == {}
+    assert result["command"].startswith("vllm serve ")
+    monkeypatch.setenv("INTAGLIO_VLLM", "force")
+    forced = one("vllm", shelf / "plain", device="cpu", version="0.33.0")
+    assert forced["command"].startswith("INTAGLIO_VLLM=force vllm serve ")
+
+
+def test_vllms_own_switch_of_plugins_counts(shelf, plugin, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "intaglio,other")
+    assert one("vllm", shelf / "plain", device="cpu")["command"].startswith("VLLM_PLUGINS=intaglio,other vllm serve ")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")  # vLLM does not load ours then, whatever our variable says
+    assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu")
+    monkeypatch.setenv("INTAGLIO_VLLM", "1")
+    assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu")
+
+
+def test_a_server_that_runs_on_a_cpu_without_the_plugin_is_refused(shelf, base, plugin, monkeypatch):
+    """What counts is the server's environment, not that of whoever asks."""
+    server = SERVER.format(base=base[0])
+    monkeypatch.setenv("INTAGLIO_VLLM", "1")
+    assert "vllm#48421" in refused("vllm", shelf / "plain", device="cpu", command=server)
+    for variable in ("INTAGLIO_VLLM=1", "VLLM_PLUGINS=intaglio"):
+        assert not one("vllm", shelf / "plain", device="cpu", command=f"{variable} {server}")["refused"]
 
 
 def test_flags_with_underscores_are_read(shelf):
@@ -602,9 +652,80 @@ def test_exit_codes_and_lines_that_can_be_copied(base, shelf):
     done = command("--serve", "nowhere")
     assert done.exit_code == 2
     assert done.stderr.startswith("error:")
-    done = command(shelf / "plain")
-    assert done.exit_code == 2
-    assert "intaglio doctor --serve ADAPTER" in done.stderr
+    for done in (command(), command("--serve")):
+        assert done.exit_code == 2
+        assert "give at least one adapter" in done.stderr
+
+
+def test_it_needs_no_option(shelf):
+    """--serve says what it does anyway."""
+    done = command(shelf / "plain", "--engine", "vllm")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == command("--serve", shelf / "plain", "--engine", "vllm").stdout
+
+
+ROW = """
+        Engine(
+            "tgi",
+            facts="made up",
+            dialect=Dialect(lambda start: ["tgi-launcher", "--model-id", start.base, "--rank", str(start.rank), *start.named]),
+            max_rank=8,
+        ),
+"""
+ASKING = """
+import sys
+from typer.testing import CliRunner
+from intaglio.cli import app
+
+def doctor(*arguments):
+    done = CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "200"})
+    print(done.exit_code, done.output, sep="\\n", end="\\0")
+
+fits, wide = sys.argv[1:]
+doctor("--help")
+doctor(fits, "--json")
+doctor(fits, "--engine", "tgi")
+doctor(wide, "--engine", "tgi")
+doctor(fits, "--engine", "tgl")
+doctor(fits, "--engine", "tgi", "--command", "x")
+"""
+
+
+def test_an_engine_is_one_row(base, shelf, tmp_path):
+    """In a copy of the package with one row more, and nothing else, the command knows the engine."""
+    copy = tmp_path / "intaglio"
+    shutil.copytree(Path(intaglio.__file__).parent, copy)
+    table = copy / "doctor/engines.py"
+    before, end = table.read_text().rsplit("    )\n}", 1)
+    table.write_text(f"{before}{ROW}    )\n}}{end}")
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING, str(shelf / "plain"), str(foreign(tmp_path / "wide", r=9, lora_alpha=9))],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = [answer.split("\n", 1) for answer in done.stdout.split("\0")[:-1]]
+    codes, (help_, listed, served, refused, wrong, unread) = zip(*answers, strict=True)
+    assert codes == ("0", "0", "0", "1", "2", "2")
+    assert "one of vllm, sglang, llama.cpp, lorax, tgi" in help_
+    assert list(json.loads(listed)["engines"]) == [*ENGINES, "tgi"]
+    assert f"tgi-launcher --model-id {base[0]} --rank 8 plain={shelf / 'plain'}\n" in served
+    assert "rank 9 is above 8, the most that tgi takes" in refused
+    assert "give one of vllm, sglang, llama.cpp, lorax, tgi" in wrong
+    assert "the command line of tgi is not read; give it with --engine vllm or sglang" in unread
+
+
+def test_nothing_asks_what_an_engine_is_called():
+    """What is known of an engine is in its row: no comparison with a name of one."""
+    package = Path(intaglio.__file__).parent
+    files = [path for folder in ("doctor", "serve", "cli") for path in (package / folder).glob("*.py")]
+    compared = [(path, node) for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Compare)]
+    for path, node in compared:
+        operands = [node.left, *node.comparators]
+        operands += [element for side in operands if isinstance(side, (ast.Tuple, ast.List, ast.Set)) for element in side.elts]
+        names = [part.value for part in operands if isinstance(part, ast.Constant) and part.value in ENGINES]
+        assert not names, f"{path.name}:{node.lineno}"
 
 
 def test_a_finished_run_is_an_adapter(shelf, tmp_path):
