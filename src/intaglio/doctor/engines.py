@@ -55,7 +55,7 @@ class Engine:
         features: field of `FEATURES` → what the engine does with it; absent where it computes it.
         heads: modules that it loads all the same where `modules_to_save` names no others.
         fused: name → projections that it keeps as one of that name, so that memory for one is memory for all.
-        slots: whether it keeps room for the greatest rank for each adapter in a batch.
+        equal_slots: whether each adapter in a batch takes a slot of the greatest rank, so that memory can be told beforehand.
         base_slots: slots that requests for the base take.
         cached_by_path: whether cached prompts are told apart by the adapter's name and path only.
         cautions: what its users have to know in any case.
@@ -78,7 +78,7 @@ class Engine:
     features: Mapping[str, str] = field(default_factory=lambda: _REFUSED)
     heads: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    slots: bool = False
+    equal_slots: bool = False
     base_slots: int = 0
     cached_by_path: bool = False
     cautions: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ ENGINES = {
             patterns=True,
             heads=("classifier", "score"),
             fused=_FUSED,
-            slots=True,
+            equal_slots=True,
             cached_by_path=True,
             cautions=(
                 "modules outside --lora-target-modules are dropped without an error, and every slot has the greatest rank: keep "
@@ -118,7 +118,7 @@ ENGINES = {
             rslora=False,
             features=_IGNORED | {"use_dora": "refuses"},
             fused=_FUSED,
-            slots=True,
+            equal_slots=True,
             base_slots=1,
         ),
         Engine(

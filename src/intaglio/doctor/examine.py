@@ -187,7 +187,7 @@ def _settings(ready: list[Candidate], plan: Plan, slots: int | None, environment
     targets = sorted({name for adapter in ready for name in adapter.projections}) if engine.form == "lora" else []
     dtype = next((adapter.dtype for adapter in ready if adapter.dtype), None)
     figures: dict[str, Any] = {"environment": environment, "rank": rank, "targets": targets, "slots": wanted, "dtype": dtype}
-    if plan.outline is not None and engine.slots:
+    if plan.outline is not None and engine.equal_slots:
         figures["slot_bytes"] = slot_bytes(plan.outline, set(targets), rank, engine)
         figures["bytes"] = figures["slot_bytes"] * wanted
     if plan.running is not None:

@@ -11,22 +11,22 @@ import typer
 
 from ..adapter.names import check_name
 
-__all__ = ["ENGINES", "Engine", "Options", "parse_adapters", "serve"]
+__all__ = ["ENGINES", "Options", "Server", "parse_adapters", "serve"]
 
 
 @dataclass(frozen=True)
-class Engine:
+class Server:
     """A server that `intaglio serve` can become.
 
     Attributes:
         help: what it does, for --help.
         run: serves with options that were checked; returns a command where it is only to be printed.
-        idle: options that have no effect with it.
+        no_effect: options that have no effect with it.
     """
 
     help: str
     run: Callable[[Options, Mapping[str, Path]], str | None]
-    idle: tuple[str, ...]
+    no_effect: tuple[str, ...]
 
 
 def _ours(options: Options, adapters: Mapping[str, Path]) -> None:
@@ -43,8 +43,8 @@ def _vllms(options: Options, adapters: Mapping[str, Path]) -> str:
 
 _BATCHING = ("max_batch", "max_queue", "max_tokens", "max_body")
 ENGINES = {
-    "intaglio": Engine("this process", _ours, ("export_dir", "dry_run")),
-    "vllm": Engine(
+    "intaglio": Server("this process", _ours, ("export_dir", "dry_run")),
+    "vllm": Server(
         "vLLM's server, with the adapters exported to LoRA",
         _vllms,
         ("adapter_root", "dtype", "adapter_memory", *_BATCHING, "shutdown_timeout"),
@@ -133,7 +133,7 @@ def _check(options: Options, adapters: Mapping[str, Path]) -> None:
     if options.engine not in ENGINES:
         raise ValueError(f"--engine {options.engine!r}: give one of {', '.join(ENGINES)}")
     default = Options(options.base)
-    given = [name for name in ENGINES[options.engine].idle if getattr(options, name) != getattr(default, name)]
+    given = [name for name in ENGINES[options.engine].no_effect if getattr(options, name) != getattr(default, name)]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"--engine {options.engine}: {flags} without effect there")
