@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import re
 import shlex
@@ -224,6 +223,8 @@ def _read_sglang(words: list[str], variables: Mapping[str, str]) -> Running:
 
 def _vllm_plugin(version: str | None, environment: Mapping[str, str]) -> dict[str, str] | None:
     """The variables with which our plugin acts in this vLLM: those that ask for it already, else ours; None where it cannot."""
+    import importlib.metadata  # here, since --help reads this file
+
     asked = {name: environment[name] for name in (SWITCH, PLUGINS) if name in environment} or {SWITCH: "1"}
     installed = any(point.value.startswith("intaglio") for point in importlib.metadata.entry_points(group="vllm.general_plugins"))
     named = PLUGINS not in asked or NAME in asked[PLUGINS].split(",")  # else vLLM does not even call it
