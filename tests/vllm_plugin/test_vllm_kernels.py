@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 
-from intaglio.vllm_plugin import kernels, reference
+from intaglio.vllm_plugin import kernels
+from support import vllm_reference as reference
 from support.vllm import BATCHES, BF16, FP32, mixed, ragged, step
 
 MAKE = {"columns": lambda d: ragged("columns", d), "rows": lambda d: ragged("rows", d), "mixed": mixed}

@@ -12,10 +12,11 @@ import torch
 
 from intaglio import S2FT, attach
 from intaglio.export.lora import to_lora
-from intaglio.vllm_plugin import cpu, reference
+from intaglio.vllm_plugin import cpu
 from intaglio.vllm_plugin.plugin import TESTED, refusal, register
 from intaglio.vllm_plugin.slots import Pool, Slots, recognise
 from support import tiny
+from support import vllm_reference as reference
 from support.vllm import BATCHES, BF16, COUNTS, FP32, INPUTS, OUTPUTS, mixed, one_hot, ragged, step
 
 SIDES = ["columns", "rows"]
@@ -219,6 +220,55 @@ def test_another_vllm_is_left_alone_with_both_versions_named(version):
 def test_a_tested_vllm_is_taken_and_a_wrong_setting_named():
     assert refusal("1", TESTED[0]) is refusal("1", f"{TESTED[0]}+cpu") is None
     assert "INTAGLIO_VLLM='on'; give 0" in refusal("on", TESTED[0])
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """How often the plugin was installed, in a stand-in for the vLLM that it is tested with; nobody has asked for it."""
+    calls = []
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__=TESTED[0]))
+    linear = types.SimpleNamespace(install=lambda: calls.append("installed") or True)
+    monkeypatch.setitem(sys.modules, "intaglio.vllm_plugin.linear", linear)
+    for name in ("INTAGLIO_VLLM", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"INTAGLIO_VLLM": ""},
+        {"INTAGLIO_VLLM": "0"},
+        {"VLLM_PLUGINS": "other"},
+        {"VLLM_PLUGINS": "intaglio", "INTAGLIO_VLLM": "0"},
+    ],
+)
+def test_where_nobody_asks_it_is_off_without_a_word(installed, environment, monkeypatch, caplog):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    register()
+    assert not installed
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("environment", [{"INTAGLIO_VLLM": "1"}, {"INTAGLIO_VLLM": "force"}, {"VLLM_PLUGINS": "other,intaglio"}])
+def test_where_it_is_asked_for_it_acts(installed, environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    register()
+    assert installed == ["installed"]
+
+
+def test_with_another_version_only_force_acts(installed, monkeypatch, caplog):
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "9.9.9")
+    monkeypatch.setenv("INTAGLIO_VLLM", "1")
+    register()
+    assert not installed
+    assert "INTAGLIO_VLLM=force" in caplog.text
+    monkeypatch.setenv("INTAGLIO_VLLM", "force")
+    register()
+    assert installed == ["installed"]
 
 
 def test_registering_touches_nothing_where_it_may_not(monkeypatch, caplog):

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["LORA_KEY", "PREFIX", "changes_base", "check_name", "lora_key", "lora_scale"]
+__all__ = ["LORA_KEY", "PREFIX", "RANKS", "changes_base", "check_name", "lora_key", "lora_scale"]
 
 PREFIX = "base_model.model."  # what PEFT puts before the path of every module
 LORA_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_(?P<letter>[AB])\.weight")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank, and our exports pad ranks to
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}")
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # prefixes of `init_lora_weights` that change the base itself
 

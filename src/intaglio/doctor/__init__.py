@@ -1,1 +1,1 @@
-"""Tell how engines serve adapters rightly, or why they would not."""
+"""The doctor: how engines serve adapters rightly, or why they would not."""

@@ -1,4 +1,4 @@
-"""Adapters that are to be served, as far as their shapes and configs tell: a Delta folder, a PEFT LoRA, a GGUF LoRA."""
+"""Adapters that are to be served, as far as their shapes and configs tell: Delta folders, PEFT LoRAs, GGUF LoRAs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Candidate", "Module", "projection", "read"]
 
 @dataclass(frozen=True)
 class Module:
-    """One linear layer of an adapter: its rank, and the width of its inputs and outputs."""
+    """A linear layer of an adapter: its rank, and the width of its inputs and outputs."""
 
     rank: int
     inputs: int
@@ -82,7 +82,7 @@ def read(adapters: Sequence[str]) -> list[Candidate]:
         ValueError: where none is given, a name is no name, two are the same, or a folder is no adapter or damaged.
     """
     if not adapters:
-        raise ValueError("doctor --serve: give at least one adapter: a folder, or NAME=FOLDER")
+        raise ValueError("doctor: give at least one adapter: a folder, or NAME=FOLDER")
     found: dict[str, Candidate] = {}
     for given in adapters:
         name, _, path = given.rpartition("=")
@@ -144,15 +144,10 @@ def _lora(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
         modules[path] = Module(a_RI[0], a_RI[1], b_OR[0])
     if not modules:
         raise ValueError(f"{folder / WEIGHTS}: holds no factors of linear layers")
-    marker = _marker(folder / MARKER)
-    exported, base = marker.get("to") == "lora", config.get("base_model_name_or_path")
-    dtype = marker.get("base_dtype") if exported else None
+    noted = read_mapping(folder / MARKER) if (folder / MARKER).is_file() else {}
+    exported, base = noted.get("to") == "lora", config.get("base_model_name_or_path")
+    dtype = noted.get("base_dtype") if exported else None
     return Candidate(name, folder, "lora", base, modules, config, tuple(other), exported, dtype=dtype)
-
-
-def _marker(path: Path) -> dict[str, Any]:
-    """What our export noted, where the folder is one."""
-    return read_mapping(path) if path.is_file() else {}
 
 
 def _gguf(name: str, folder: Path) -> Candidate:

@@ -1,4 +1,4 @@
-"""What would go wrong when an engine serves an adapter. Each check gives reasons; none means that it is right."""
+"""Checks of what goes wrong when an engine serves an adapter. Each gives reasons; none means that it is right."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..adapter.names import RANKS
 from ..export.gguf import ARCHITECTURES, FILE
-from ..export.lora import RANKS
 from ..hf.models import Outline
 from .candidates import Candidate, projection
+from .command_lines import Running
 from .engines import FEATURES, Engine
-from .running import Running
 
 __all__ = ["Plan", "exported", "reasons"]
 
@@ -24,13 +24,13 @@ _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class Plan:
-    """What adapters are checked against.
+    """The engine, base and server that adapters are checked against.
 
     Attributes:
         engine: the engine.
         base: name of the base model, or None.
         outline: its shapes, or None where its config is not at hand.
-        running: the server's command line, if it was given.
+        running: the server that runs already, if its command line was given.
         reload: whether the adapters' weights changed since the server loaded them.
     """
 
@@ -128,7 +128,7 @@ def _holds(adapter: Candidate, feature: str, engine: Engine) -> bool:
         return False
     if feature == "init_lora_weights":
         return value is not True and value not in _PLAIN_STARTS
-    return not (feature == "modules_to_save" and engine.name == "vllm" and set(value) <= {"classifier", "score"})
+    return not (feature == "modules_to_save" and set(value) <= set(engine.heads))
 
 
 def _patterns(adapter: Candidate, plan: Plan) -> Iterator[str]:
@@ -197,7 +197,7 @@ def _server(adapter: Candidate, plan: Plan) -> Iterator[str]:
         yield f"the server has no --enable-lora: {name} would refuse it"
     if running.max_rank is not None and adapter.rank > running.max_rank:
         yield f"rank {adapter.rank} is above the server's --max-lora-rank {running.max_rank}: {name} answers with an error"
-    outside = set() if running.targets is None else adapter.projections - _covered(running.targets)
+    outside = set() if running.targets is None else adapter.projections - _covered(running.targets, plan.engine)
     if outside:
         yield (
             f"the server's --lora-target-modules leave out {', '.join(sorted(outside))}, which it drops without an error: "
@@ -208,10 +208,10 @@ def _server(adapter: Candidate, plan: Plan) -> Iterator[str]:
     yield from _resolver(adapter, plan, running)
 
 
-def _covered(targets: frozenset[str]) -> set[str]:
+def _covered(targets: frozenset[str], engine: Engine) -> set[str]:
     """Projections that the targets name, by themselves or by what the engine fuses them to."""
-    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-    return {part for target in targets for part in (projection(target), *fused.get(projection(target), ()))}
+    names = {projection(target) for target in targets}
+    return names.union(*(engine.fused.get(name, ()) for name in names))
 
 
 def _resolver(adapter: Candidate, plan: Plan, running: Running) -> Iterator[str]:
@@ -234,8 +234,8 @@ def _alpha(adapter: Candidate, plan: Plan) -> Iterator[str]:
     alpha = adapter.config.get("adapter.lora.alpha", 0.0)
     if adapter.form == "gguf" and alpha and len(ranks) > 1:
         yield (
-            f"modules of ranks {min(ranks)} to {max(ranks)} with one alpha of {alpha:g}: llama.cpp scales each by alpha / its "
-            "own rank; write it with alpha 0, as intaglio export --to gguf does"
+            f"modules of ranks {min(ranks)} to {max(ranks)} with one alpha of {alpha:g}: {plan.engine.name} scales each by "
+            "alpha / its own rank; write it with alpha 0, as intaglio export --to gguf does"
         )
 
 

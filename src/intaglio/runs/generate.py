@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hf.models import end_tokens
+
 __all__ = ["encode_prompts", "generate_answers"]
 
 Prompt = str | list[dict[str, Any]]
@@ -37,8 +39,9 @@ def generate_answers(
     Returns:
         The generated text of each prompt, without special tokens and outer white space.
     """
+    ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=_pad_token(tokenizer), eos_token_id=_ends(model, tokenizer)
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=_pad_token(tokenizer), eos_token_id=ends
     )
     answers: list[str] = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
@@ -77,10 +80,3 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     token: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return token
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the model's own and the tokenizer's."""
-    known = model.generation_config.eos_token_id if model.generation_config else None
-    own = known if isinstance(known, list) else [known]
-    return sorted({end for end in [*own, tokenizer.eos_token_id] if isinstance(end, int)})

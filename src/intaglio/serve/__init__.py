@@ -1,1 +1,1 @@
-"""Serve one base and its adapters over HTTP."""
+"""The HTTP server of one base and its adapters."""

@@ -11,7 +11,7 @@ from anyio import CapacityLimiter, to_thread
 
 from ..runtime.engine import Engine, Event, Sampling
 from .chat import Prompter
-from .errors import ApiError
+from .errors import ApiError, shutting_down
 from .limits import Admission
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest
@@ -43,7 +43,7 @@ class _Order:
 
 
 class Answerer:
-    """Answers requests with one engine.
+    """The way from requests to their answers, over one engine.
 
     Args:
         engine: started.
@@ -129,6 +129,6 @@ class Answerer:
 
 def _failure(event: Event) -> ApiError:
     if event.finish == "cancelled":
-        return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+        return shutting_down()
     _LOG.error("a request failed: %s", event.error)  # which may name folders of this machine
     return ApiError(500, "the engine failed on this request; the server's log says why", code="engine_error")

@@ -1,4 +1,4 @@
-"""From messages or a prompt to tokens, and back: what of a request needs the tokenizer."""
+"""Tokens of a request, from messages or a prompt, and the text they become again: all that needs the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Prompter"]
 
 
 class Prompter:
-    """Turns requests into tokens of one model, and refuses what the model cannot take.
+    """The tokenizer's side of requests to one model: it gives their tokens, and refuses what the model cannot take.
 
     Args:
         tokenizer: of transformers, with or without a chat template.
@@ -32,8 +32,13 @@ class Prompter:
         Raises:
             ApiError: 400 where there is no chat template or it refuses, or the prompt is empty or foreign to the vocabulary.
         """
-        tokens = self._chat(request.messages) if isinstance(request, ChatRequest) else self._plain(request.prompt)
-        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        if isinstance(request, ChatRequest):
+            tokens, param = self._chat(request.messages), "messages"
+        else:
+            tokens, param = (
+                self._tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else request.prompt,
+                "prompt",
+            )
         if not tokens:
             raise ApiError(400, f"{param}: holds no token", param=param)
         if min(tokens) < 0 or max(tokens) >= self._vocabulary:
@@ -72,6 +77,3 @@ class Prompter:
         except (TemplateError, TypeError) as error:
             raise ApiError(400, f"messages: the model's chat template refuses them: {error}", param="messages") from error
         return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def _plain(self, prompt: str | list[int]) -> list[int]:
-        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

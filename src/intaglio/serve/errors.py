@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-__all__ = ["ApiError", "install", "response"]
+__all__ = ["ApiError", "install", "response", "shutting_down"]
 
 _TYPES = {
     401: "authentication_error",
@@ -44,6 +44,11 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         param = None if self.param is None else _encodable(self.param)[:100]
         return {"error": {"message": _encodable(str(self))[:_LONGEST], "type": kind, "param": param, "code": self.code}}
+
+
+def shutting_down() -> ApiError:
+    """The refusal of requests while the server ends."""
+    return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
 
 
 def response(error: ApiError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""What keeps one caller from harming the rest: keys, the size of a body, places in the queue, folders out of reach."""
+"""Limits that keep one caller from harming the rest: keys, the size of a body, places in the queue, one folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, response
+from .errors import ApiError, response, shutting_down
 
 __all__ = ["Admission", "Gate", "Keys", "Limits", "confined"]
 
@@ -93,7 +93,7 @@ class Admission:
             ApiError: 429 where all are taken, 503 after `close`.
         """
         if self.closed:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+            raise shutting_down()
         if self.taken >= self._places:
             raise ApiError(429, "too many requests at once; try again", code="queue_full", retry_after=1)
         self.taken += 1
@@ -125,7 +125,7 @@ class Gate:
 
     def _refusal(self, headers: Headers) -> ApiError | None:
         if self._admission.closed:
-            return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+            return shutting_down()
         if not self._keys.open(headers.get("authorization", "")):
             return ApiError(401, "give a valid key: Authorization: Bearer KEY", code="invalid_api_key")
         declared = headers.get("content-length", "0")

@@ -1,4 +1,4 @@
-"""What callers send: OpenAI's bodies for chat and completions, vLLM's for loading and unloading adapters.
+"""Bodies that callers send: OpenAI's for chat and completions, vLLM's for loading and unloading adapters.
 
 A field that would change the answer and is not offered is refused, never ignored; `null` means not given.
 """
@@ -88,7 +88,7 @@ class _StreamOptions(_Body):
 
 
 class TextRequest(_Body):
-    """What chat and completions have in common.
+    """The fields that chat and completions have in common.
 
     Attributes:
         model: the base's name or an adapter's.

@@ -1,4 +1,4 @@
-"""What callers get: OpenAI's objects for whole answers, chunks of a stream, and models."""
+"""Objects that callers get, OpenAI's: for whole answers, chunks of a stream, and models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,9 @@ __all__ = ["Reply", "models"]
 _DONE = "data: [DONE]\n\n"
 
 
-def _id() -> str:
-    return uuid.uuid4().hex
-
-
 @dataclass(frozen=True)
 class Reply:
-    """Shapes one request's answer.
+    """The answer to one request, in OpenAI's shape.
 
     Attributes:
         request: what was asked.
@@ -34,7 +30,7 @@ class Reply:
     """
 
     request: ChatRequest | CompletionRequest
-    id: str = field(default_factory=_id)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the routes share: the engine and its adapters, keys, limits, metrics, and the way to an orderly end."""
+"""The service behind the routes: the engine and its adapters, keys, limits, metrics, and the way to an orderly end."""
 
 from __future__ import annotations
 

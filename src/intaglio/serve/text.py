@@ -1,4 +1,4 @@
-"""From tokens to text while an answer grows, and the texts that end it."""
+"""Text of an answer that grows: tokens decoded piece by piece, and the strings that end it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Piece:
 
 
 class Detokenizer:
-    """Turn tokens into text piece by piece; all pieces together are what decoding all tokens at once gives.
+    """A decoder that gives text piece by piece; all pieces together are what decoding all tokens at once gives.
 
     A token may end in the middle of a character, and the first token of a text may decode differently from the same token
     later on. So each step decodes a few earlier tokens again and gives out what is new, less a tail that the next token
@@ -75,7 +75,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """End a text before the first of several strings, wherever pieces happen to be cut.
+    """A filter that ends a text before the first of several strings, wherever pieces happen to be cut.
 
     The first is the one that ends first, and of those the longest. Text that may be the beginning of one is held back.
 

@@ -1,67 +1,39 @@
-"""Hand the adapters to vLLM: export them as LoRA, and start its server with flags that lose none of them silently."""
+"""vLLM's server in place of ours: adapters exported as LoRA, and flags that lose none of them silently."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-__all__ = ["run", "vllm_command"]
+from ..adapter.delta import Delta
+from ..adapter.folder import PEFT_TYPE, read_config
+from ..doctor.command_lines import Start, shell
+from ..doctor.engines import ENGINES
+from ..doctor.examine import examine
+from ..export.lora import to_lora
+from ..hf.models import load_model, model_path
+from ..runs.folder import adapter_of
 
+if TYPE_CHECKING:
+    from .run import Options
 
-def vllm_command(
-    base: str,
-    folders: Mapping[str, Path],
-    settings: Mapping[str, Any],
-    *,
-    served_name: str,
-    host: str,
-    port: int,
-    max_context: int | None = None,
-) -> list[str]:
-    """The command that serves these adapters with vLLM.
+__all__ = ["run"]
 
-    Args:
-        base: folder or hub name of the base.
-        folders: name → folder of its LoRA.
-        settings: rank, targets, slots and dtype, as `doctor` finds them for vLLM.
-        served_name: what callers give as `model` for the base.
-        host: address to listen on.
-        port: port to listen on.
-        max_context: tokens of prompt and answer; default the model's.
-
-    Source: vLLM 0.32, `python -m vllm.entrypoints.openai.api_server --help`.
-    """
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", served_name]
-    command += ["--host", host, "--port", str(port), *_typed(settings["dtype"])]
-    command += [] if max_context is None else ["--max-model-len", str(max_context)]
-    command += ["--enable-lora", "--max-lora-rank", str(settings["rank"]), "--max-loras", str(settings["slots"])]
-    command += ["--max-cpu-loras", str(len(folders)), "--lora-target-modules", *settings["targets"]]
-    return [*command, "--lora-modules", *(f"{name}={folder}" for name, folder in folders.items())]
+_VLLM = ENGINES["vllm"]
 
 
-def run(
-    base: str,
-    adapters: Mapping[str, Path],
-    *,
-    output: Path,
-    dry_run: bool,
-    keys: Sequence[str] = (),
-    **options: Any,
-) -> str:
+def run(options: Options, adapters: Mapping[str, Path]) -> str:
     """Export the adapters and become vLLM's server.
 
+    vLLM takes the key from its environment, so that no list of processes shows it, and there too what `doctor` says it needs.
+
     Args:
-        base: as `load_model` takes it.
+        options: checked ones. Earlier exports in the folder for LoRAs are replaced; a dry run exports and starts nothing.
         adapters: name → adapter folder or run.
-        output: the folder for the LoRA folders; earlier exports in it are replaced.
-        dry_run: export and start nothing.
-        keys: vLLM takes one, from its environment, so that no list of processes shows it.
-        options: `vllm_command`'s.
 
     Returns:
         The command as a shell takes it, for a dry run; otherwise this process ends as vLLM's.
@@ -70,50 +42,46 @@ def run(
         ValueError: where vLLM is not installed, for no adapter, more keys than one, or what vLLM would not serve rightly, as
             `doctor` tells.
     """
-    if not adapters:
-        raise ValueError("--engine vllm: give at least one --adapter NAME=PATH; without adapters run vLLM itself")
-    if len(keys) > 1:
-        raise ValueError(f"--api-key: vLLM takes one key, {len(keys)} given")
-    if not dry_run and importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            "--engine vllm: vLLM is not installed here: pip install 'vllm>=0.32'. --dry-run prints the command for elsewhere; "
-            "without --engine Intaglio serves by itself"
-        )
-    from ..adapter.folder import PEFT_TYPE, read_config
-    from ..doctor.examine import examine
-    from ..hf.models import model_path
-    from ..runs.folder import adapter_of
-
+    _check(options, adapters)
     sources = {name: adapter_of(path)[0] for name, path in adapters.items()}
-    found = examine([f"{name}={folder}" for name, folder in sources.items()], "vllm", base=base)["engines"]["vllm"]
+    given = [f"{name}={folder}" for name, folder in sources.items()]
+    found = examine(given, _VLLM.name, base=options.base)["engines"][_VLLM.name]
     if found["refused"]:
         raise ValueError(f"--engine vllm: {'; '.join(found['refused'])}")
     trained = [name for name, folder in sources.items() if read_config(folder).get("peft_type") == PEFT_TYPE]
-    folders = {name: output / name if name in trained else folder for name, folder in sources.items()}
+    folders = sources | {name: options.export_dir / name for name in trained}
     if itself := [name for name in trained if folders[name].resolve() == sources[name].resolve()]:
-        raise ValueError(
-            f"--export-dir {str(output)!r}: {itself[0]!r} lies there itself and would be replaced; give another folder"
+        place = str(options.export_dir)
+        raise ValueError(f"--export-dir {place!r}: {itself[0]!r} lies there itself and would be replaced; give another folder")
+    command = _VLLM.dialect.write(
+        Start(
+            model_path(options.base),
+            folders,
+            **{figure: found[figure] for figure in ("rank", "targets", "slots", "dtype")},
+            python=sys.executable,
+            served_name=options.served_name,
+            host=options.host,
+            port=options.port,
+            max_context=options.max_context,
         )
-    command = vllm_command(model_path(base), folders, found, **options)
-    if dry_run:
-        return shlex.join(command)
-    _export(base, {name: sources[name] for name in trained}, folders, found["dtype"])
-    environment = os.environ | ({"VLLM_API_KEY": keys[0]} if keys else {})
-    return os.execvpe(command[0], command, environment)  # noqa: S606
+    )
+    if options.dry_run:
+        return shell(command, found["environment"])
+    if trained:  # the base is loaded once
+        model = load_model(options.base, dtype=found["dtype"])
+        for name in trained:
+            to_lora(Delta.load(sources[name]), model, folders[name], overwrite=True)
+    key = {"VLLM_API_KEY": options.api_key[0]} if options.api_key else {}
+    return os.execvpe(command[0], command, os.environ | found["environment"] | key)  # noqa: S606
 
 
-def _typed(dtype: str | None) -> list[str]:
-    return ["--dtype", dtype] if dtype else []
-
-
-def _export(base: str, sources: Mapping[str, Path], folders: Mapping[str, Path], dtype: str | None) -> None:
-    """Write the LoRA folders, each checked against its adapter; the base is loaded once."""
-    if not sources:
-        return
-    from ..adapter.delta import Delta
-    from ..export.lora import to_lora
-    from ..hf.models import load_model
-
-    model = load_model(base, dtype=dtype)
-    for name, folder in sources.items():
-        to_lora(Delta.load(folder), model, folders[name], overwrite=True)
+def _check(options: Options, adapters: Mapping[str, Path]) -> None:
+    if not adapters:
+        raise ValueError("--engine vllm: give at least one --adapter NAME=PATH; without adapters run vLLM itself")
+    if len(options.api_key or ()) > 1:
+        raise ValueError(f"--api-key: vLLM takes one key, {len(options.api_key or ())} given")
+    if not options.dry_run and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            f"--engine vllm: vLLM is not installed here: pip install 'vllm>={_VLLM.oldest}'. --dry-run prints the command for "
+            "elsewhere; without --engine Intaglio serves by itself"
+        )

@@ -1,6 +1,6 @@
 """The computation on a CPU: a step's tokens are sorted out once, then every layer adds its adapters in a few calls.
 
-Suffixes: T tokens, N entries over all short runs, I inputs, O outputs. `reference` is the plain twin.
+Suffixes: T tokens, N entries over all short runs, I inputs, O outputs. Its plain twin is in the tests.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each side has two. The first has one program per token and is for decoding, where each token has an adapter of its own. The
 second multiplies tiles of tokens with `tl.dot` and is for prompts: a tile makes one pass for each slot among its tokens, so
 that nothing has to be sorted and nothing is asked of the host. Sums are fp32 in all, a token without a slot (−1) is left as
-it is, and the rows of one adapter are distinct, so that scattering needs no atomics. `reference` is the plain twin.
+it is, and the rows of one adapter are distinct, so that scattering needs no atomics. Their plain twin is in the tests.
 
 Tested in Triton's interpreter (`TRITON_INTERPRET=1`). No GPU has run them yet: block sizes are guesses. The interpreter takes
 the bits of bfloat16 for integers in `tl.dot`, so there both sides are widened to fp32 first, which changes no product.

@@ -35,7 +35,7 @@ _logger = logging.getLogger("vllm.intaglio")
 
 
 class _Compact(BaseLayerWithLoRA):
-    """What the classes below share; the method of vLLM's class comes after it."""
+    """A wrapped linear layer with compact slots, as far as the classes below share it; vLLM's own class comes after it."""
 
     base_layer: Any
     device: torch.device
@@ -121,15 +121,15 @@ class _Compact(BaseLayerWithLoRA):
 
 
 class RowParallel(_Compact, RowParallelLinearWithLoRA):
-    """o_proj and down_proj."""
+    """A wrapped o_proj or down_proj."""
 
 
 class MergedColumnParallel(_Compact, MergedColumnParallelLinearWithLoRA):
-    """gate and up, packed."""
+    """A wrapped gate and up, packed."""
 
 
 class MergedQKVParallel(_Compact, MergedQKVParallelLinearWithLoRA):
-    """q, k and v, packed."""
+    """A wrapped q, k and v, packed."""
 
 
 CLASSES = (RowParallel, MergedColumnParallel, MergedQKVParallel)

@@ -1,13 +1,10 @@
-"""The plain twin of `cpu` and `kernels`: one token after the other.
-
-Suffixes: T tokens, I inputs, O outputs.
-"""
+"""The plain twin of the plugin's `cpu` and `kernels`: one token after the other. Suffixes: T tokens, I inputs, O outputs."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .slots import Pool, Slots
+from intaglio.vllm_plugin.slots import Pool, Slots
 
 __all__ = ["add", "add_columns", "add_rows"]
 
