@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test peft-suite selective-parity kernels lint format clean help
+.PHONY: demo test peft-suite selective-parity kernels lint format tables clean help
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
@@ -16,6 +16,7 @@ help:
 	@echo "make selective-parity  bit-equality with the authors' ID3 (fetches selective-optimizers 0.4)"
 	@echo "make kernels  the vLLM plugin's GPU kernels in Triton's interpreter (fetches triton 3.9)"
 	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
+	@echo "make tables  rewrite the tables in README and docs that the code gives"
 
 # Torch first, so that nothing else pulls a build of its choice. Where the default index serves a CUDA build (Linux) and
 # there is no GPU, name the index of the CPU builds (pytorch.org has it): make TORCH_FLAGS="--index-url …" test
@@ -77,6 +78,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+tables: $(READY)
+	$(BIN)/python docs/tables.py
 
 clean:
 	rm -rf $(VENV) build

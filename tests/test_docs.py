@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from pydantic import BaseModel
 
 from intaglio.cli import app
-from intaglio.methods import METHODS
 from intaglio.runs import config as run_config
 from support import tiny
 
@@ -24,13 +22,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def section(page, marker):
-    """The text between a marker comment and the next blank line after the block it announces."""
-    match = re.search(rf"<!-- {re.escape(marker)} -->\n\n?(.*?)(?:\n\n|\Z)", page.read_text(), re.DOTALL)
-    assert match, marker
-    return match.group(1)
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +84,13 @@ def test_commands_in_the_docs_exist():
     assert seen == set(commands.commands)
 
 
-def test_methods_table_is_the_registry():
-    rows = ["| method | `name` | what it trains |", "|---|---|---|"]
-    rows += [f"| `{cls.__name__}` | `{name}` | {cls.summary} |" for name, cls in METHODS.items()]
-    assert section(ROOT / "README.md", "methods").splitlines() == rows
+def test_tables_are_what_the_code_gives():
+    """Else `make tables` writes them."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    import tables
 
-
-@pytest.mark.parametrize("block", ["DataBlock", "AttachBlock", "EvaluateBlock"])
-def test_key_tables_are_the_models(block):
-    model: type[BaseModel] = getattr(run_config, block)
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    rows += [f"| `{key}` | `{field.default!r}` | {field.description} |" for key, field in model.model_fields.items()]
-    assert section(ROOT / "docs/run-file.md", f"fields: {block}").splitlines() == rows
+    for (page, name), rows in tables.tables().items():
+        assert (ROOT / page).read_text() == tables.written(page, name, rows), f"{page}: {name}: make tables"
 
 
 def run(*command, cwd):

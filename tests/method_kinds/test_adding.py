@@ -114,9 +114,10 @@ def copy(tmp_path_factory):
     """The package and its tests, with two methods and an architecture more."""
     copy = tmp_path_factory.mktemp("copy")
     ignored = shutil.ignore_patterns("__pycache__")
-    for part in ("src", "tests"):
+    for part in ("src", "tests", "docs"):
         shutil.copytree(ROOT / part, copy / part, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", copy)
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, copy)
     methods = copy / "src/intaglio/methods"
     (methods / "near_one.py").write_text(SCORED)
     (methods / "heaviest.py").write_text(STRUCTURED)
@@ -141,6 +142,8 @@ def test_a_method_is_one_file_and_one_line(copy):
     listed = run(copy, "-m", "intaglio", "methods").stdout
     assert "heads and channels of largest weight norm" in listed
     assert "near_one" in listed
+    assert run(copy, "docs/tables.py").returncode == 0
+    assert "| `NearOne` | `near_one` | scattered entries nearest to one |" in (copy / "README.md").read_text()
 
 
 def test_the_contract_suite_runs_over_what_was_added(copy):
