@@ -42,32 +42,33 @@ UPDATES = (10, 30, 100, 300, 1000, 3000)
 LOOKS = (30, 100, 200, 300)
 
 
-def stack_part(draws: int) -> dict[str, Any]:
+def stack_part(draws: int, until: int) -> dict[str, Any]:
     """Runs of every method: loss → method → `draws` runs for each mean cost."""
     found: dict[str, Any] = {}
+    updates = [update for update in UPDATES if update <= until]
     for loss in LOSSES:
         found[f"{loss:g}"] = of_loss = {}
         for name, method in STACK.items():
             of_loss[name] = [
-                planted_stack.learn(method, planted_stack.costs(seed, mean), loss, UPDATES, seed)
+                planted_stack.learn(method, planted_stack.costs(seed, mean), loss, updates, seed)
                 for mean in MEANS
                 for seed in range(draws)
             ]
             print(f"loss {loss:g}, {name}", flush=True)
-    return {"updates": UPDATES, "losses": found}
+    return {"updates": updates, "losses": found}
 
 
-def model_part(seeds: int, lr: float) -> dict[str, Any]:
+def model_part(seeds: int, lr: float, until: int) -> dict[str, Any]:
     """Runs of every method, one per seed; those of a seed share the problem, the data and LoRA's start."""
     found: dict[str, Any] = {name: [] for name in MODEL}
-    levels = []
+    levels, looks = [], [update for update in LOOKS if update <= until]
     for seed in range(seeds):
         problem = planted_model.Problem(seed)
         levels.append([problem.level, problem.entropy])
         for name, method in MODEL.items():
-            found[name].append(planted_model.train(problem, method, LOOKS, lr, seed))
+            found[name].append(planted_model.train(problem, method, looks, lr, seed))
             print(f"seed {seed}, {name}: {[round(x, 3) for x in found[name][-1]['excess']]}", flush=True)
-    return {"updates": LOOKS, "lr": lr, "levels": levels, "runs": found}
+    return {"updates": looks, "lr": lr, "levels": levels, "runs": found}
 
 
 def main() -> None:
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=4, help="draws of the stack's costs, for each of their means")
     parser.add_argument("--seeds", type=int, default=6, help="of the model")
     parser.add_argument("--lr", type=float, default=1e-2, help="of the model's AdamW")
+    parser.add_argument("--until", type=int, default=UPDATES[-1], help="updates after which no more is looked at")
     parser.add_argument("--threads", type=int, default=1)
     command_line.add_write(parser, "importance")
     arguments = parser.parse_args()
@@ -84,7 +86,11 @@ def main() -> None:
     how = {"command": command_line.command(), "device": device()}
     measured: dict[str, Any] = {}
     for name in arguments.parts:
-        part = stack_part(arguments.draws) if name == "stack" else model_part(arguments.seeds, arguments.lr)
+        part = (
+            stack_part(arguments.draws, arguments.until)
+            if name == "stack"
+            else model_part(arguments.seeds, arguments.lr, arguments.until)
+        )
         measured[name] = how | part
     print(importance_report.text(measured))
     if arguments.write:

@@ -86,11 +86,12 @@ def main() -> None:
     parser = command_line.parser(__doc__)
     parser.add_argument("--strategies", action="store_true", help="compare S2FT's ways to select")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretraining", type=int, default=600, help="steps on task A")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--output", type=Path, help="also write files of this name")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    bases = {seed: pretrained(seed) for seed in range(arguments.seeds)}
+    bases = {seed: pretrained(seed, arguments.pretraining) for seed in range(arguments.seeds)}
     before = {task: statistics.mean(loss_on(base, task) for base in bases.values()) for task in TASKS}
     lines = [
         f"before: loss on A {before['A']:.3f}, on B {before['B']:.3f} (means of {arguments.seeds} seeds)\n",

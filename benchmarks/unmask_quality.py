@@ -108,6 +108,7 @@ def main() -> None:
     parser = command_line.parser(__doc__)
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretraining", type=int, default=600, help="steps on task A")
     parser.add_argument("--steps", type=int, default=150, help="T")
     parser.add_argument("--budget", type=int, default=3300, help="B, about 1 %% of the model's weights")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2], help="learning rates to try")
@@ -115,7 +116,7 @@ def main() -> None:
     command_line.add_write(parser, "unmask_quality")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    bases: dict[int, nn.Module] = {seed: pretrained(seed) for seed in range(arguments.seeds)}
+    bases: dict[int, nn.Module] = {seed: pretrained(seed, arguments.pretraining) for seed in range(arguments.seeds)}
     before = {task: statistics.mean(loss_on(base, task) for base in bases.values()) for task in ("A", "B")}
     weights = sum(p.numel() for p in bases[0].parameters())
     lines = [

@@ -64,20 +64,21 @@ def tasks(arguments: argparse.Namespace, names: Iterable[str]) -> Iterator[Task]
 def run(tasks: Iterable[Task], measure: Callable[[Task], Cell], page: Page, output: Path | None) -> None:
     """Measure and print cell after cell; where there is an output, write all so far after each: a long run may be stopped."""
     measured: list[Cell] = []
-    for task in tasks:
+    asked = list(tasks)
+    for task in asked:
         measured.append(measure(task))
         print(page.table(measured[-1]), flush=True)
         if output:
-            write(measured, page, output)
+            write(measured, page, output, several=len(asked) > 1)
 
 
-def write(measured: list[Cell], page: Page, output: Path) -> None:
-    """One file of figures and one of text, and a picture of each cell."""
+def write(measured: list[Cell], page: Page, output: Path, *, several: bool) -> None:
+    """One file of figures and one of text, and a picture of each cell, which is in its name where there are several."""
     text = page.head() + "\n".join(page.table(cell) for cell in measured)
     results.write(output, {"device": device(), **page.fields(), "cells": measured}, text)
     for cell in measured:
         t = cell["task"]
-        suffix = "" if len(measured) == 1 else f"-{t['shape']}-{t['batch']}x{t['length']}-{t['dtype']}"
+        suffix = f"-{t['shape']}-{t['batch']}x{t['length']}-{t['dtype']}" if several else ""
         page.draw(cell, output.with_name(f"{output.name}{suffix}.png"))
 
 

@@ -23,7 +23,10 @@ def ask(python: str, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     request, answer = folder / "request.json", folder / "answer.json"
     request.write_text(json.dumps(asked))
     command = [python, __file__, str(request), str(answer)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise SystemExit(f"{python}: {''.join(last)}; give --python an interpreter that has xllamacpp or llama-cpp-python")
     return json.loads(answer.read_text())
 
 

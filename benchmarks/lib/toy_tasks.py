@@ -35,12 +35,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, task: str, steps: 
         optimizer.zero_grad()
 
 
-def pretrained(seed: int) -> transformers.LlamaForCausalLM:
-    """A small Llama that can do task A."""
+def pretrained(seed: int, steps: int) -> transformers.LlamaForCausalLM:
+    """A small Llama that can do task A, after some 600 steps."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=24, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6, use_cache=False
     )
     model = transformers.LlamaForCausalLM(config)
-    train(model, torch.optim.AdamW(model.parameters(), lr=2e-3), "A", 600, seed)
+    train(model, torch.optim.AdamW(model.parameters(), lr=2e-3), "A", steps, seed)
     return model
