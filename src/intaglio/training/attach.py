@@ -12,6 +12,7 @@ from ..core.probe import Probe
 from ..core.selection import Selection
 from ..method_kinds.method import NOTHING, Method, refuse_foreign
 from ..model import peft_layers
+from ..model.wrappers import refuse_parallel, unwrapped
 from .fixed_choice import FixedChoice
 from .regime import Regime, Wish
 from .rotation import Rotation
@@ -41,7 +42,7 @@ def attach(
     The model stays what it was: it trains, generates and saves as before, and its weights are always the tuned ones.
 
     Args:
-        model: any `nn.Module`; methods that choose structures need a transformer.
+        model: any `nn.Module`; methods that choose structures need a transformer. Of a compiled one, what is inside.
         method: what to select, e.g. `S2FT(down=0.02)`.
         probe: data for methods that look at data.
         exclude: entries that must stay frozen, e.g. another adapter's selection.
@@ -69,6 +70,8 @@ def attach(
         >>> loss = model(**batch).loss; loss.backward(); optimizer.step(); optimizer.zero_grad()
         >>> tuner.save("adapter")
     """
+    refuse_parallel(model)
+    model = unwrapped(model)
     if is_attached(model):
         raise ValueError("this model has a tuner attached already; call its detach() first")
     refuse_foreign(exclude or NOTHING, model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.entries import Entries, from_flat
-from ..core.fingerprint import fingerprint
+from ..core.fingerprint import checksum, fingerprint
 from . import tied_weights
 from .held_entries import Held, find
 from .slot import Slot, damped_values
@@ -42,7 +42,7 @@ class GrowingSlot(Slot):
         none = Held.none(target)
         super().__init__(name, target, nn.Parameter(none.values))
         self.excluded = None if excluded is None else excluded.to(target.device)
-        self._from_start = from_start
+        self._from_start, self._sum = from_start, checksum(target)
         self._index, self._base, self._born = none.index, none.base, none.born
         self.left = (none.index, none.base)
         self.source: Tensor | None = None
@@ -143,9 +143,19 @@ class GrowingSlot(Slot):
         self._before = self.source = None
 
     @torch.no_grad()
-    def write(self) -> None:
+    def _write(self) -> None:
         if self._index.numel():
             self.target.put_(self.index, self._tuned(self.values.detach(), self._base))
+
+    def _frozen(self) -> int:
+        index, base = self._ever()
+        return self._sum - checksum(base) + checksum(self.target.detach().take(index))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        live = self.target.detach().take(self.index)
+        followed = live.to(self.values) - self._base.to(self.values) if self._from_start else live.to(self.values)
+        self.values.copy_(torch.where(live == self._tuned(self.values, self._base), self.values, followed))
 
     def remember_start(self) -> None:
         """Nothing to do: the base's values at all entries are held anyway."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.entries import Entries, Whole
-from ..core.fingerprint import fingerprint
+from ..core.fingerprint import checksum, fingerprint
 from ..model.structure import is_transposed
 from . import partial_linear
 
@@ -41,6 +41,7 @@ class Slot(nn.Module, ABC):
         self.name, self.base_dtype, self.values = name, target.dtype, values
         self._target = (target,)  # in a tuple, so that it is not registered a second time
         self._remove: Callable[[], None] = lambda: None
+        self._versions = self._current()
 
     @property
     def target(self) -> nn.Parameter:
@@ -51,9 +52,60 @@ class Slot(nn.Module, ABC):
     def fingerprint(self) -> str | None:
         """Of the base values at the chosen entries, taken before training; None where none is chosen yet."""
 
-    @abstractmethod
     def write(self) -> None:
         """Write the values into the base weight."""
+        self._write()
+        self._versions = self._current()
+
+    @property
+    def was_loaded(self) -> bool:
+        """Whether somebody else wrote into the base weight since we did: `load_state_dict`, say."""
+        return not self.is_alias and self.target._version != self._versions[1]
+
+    def reconcile(self) -> bool:
+        """Let values and weight agree again: whichever moved since the last `write` is taken over by the other.
+
+        Returns:
+            Whether it was the values that moved, without reaching the weight.
+
+        Raises:
+            ValueError: where both moved, or what was loaded differs from the base where nothing is trained.
+        """
+        values_moved = self.values._version != self._versions[0]
+        stale = self.is_stale()
+        if self.was_loaded and (checksum(self.target) - self._frozen()) % 2**64 != 0:
+            raise ValueError(
+                f"{self.name}: weights were loaded into the model that differ from its base in entries that are not trained, "
+                "which no adapter would hold: load them first and attach then, or resume a SparseMixin from its own checkpoint"
+            )
+        if stale and values_moved and self.was_loaded:
+            raise ValueError(
+                f"{self.name}: weights were loaded into the model, and an optimizer that the tuner does not follow has moved its "
+                "values, so that either would be lost: build it with tuner.optimizer(…), or call tuner.watch(optimizer)"
+            )
+        if stale and not values_moved:
+            self._follow()
+        self.write()
+        return stale and values_moved
+
+    def _current(self) -> tuple[int, int]:
+        return self.values._version, self.target._version
+
+    @abstractmethod
+    def _write(self) -> None:
+        """Write the values into the base weight."""
+
+    @abstractmethod
+    def _frozen(self) -> int:
+        """The checksum that the weight has, if it is the base wherever nothing was trained."""
+
+    @abstractmethod
+    def _follow(self) -> None:
+        """Take over what the base weight holds; where that is a value rounded, the exact value stays.
+
+        Raises:
+            ValueError: where it does not say what was trained.
+        """
 
     @abstractmethod
     def is_stale(self) -> bool:
@@ -117,15 +169,24 @@ class FixedSlot(Slot):
         base = placed.gather(target)
         super().__init__(name, target, target if is_alias else nn.Parameter(base.to(dtype)))
         self.entries, self.is_alias, self._fingerprint = placed, is_alias, fingerprint(base)
+        self._rest = checksum(target) - checksum(base)
         self._start: Tensor | None = None
 
     @property
     def fingerprint(self) -> str:
         return self._fingerprint
 
-    def write(self) -> None:
+    def _write(self) -> None:
         if not self.is_alias:
             self.entries.scatter_(self.target, self.values.detach())
+
+    def _frozen(self) -> int:
+        return self._rest + checksum(self.entries.gather(self.target))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        live = self.entries.gather(self.target)
+        self.values.copy_(torch.where(live == self.values.to(live), self.values, live.to(self.values)))
 
     def is_stale(self) -> bool:
         return not self.is_alias and not torch.equal(self.entries.gather(self.target), self.values.detach().to(self.target))

@@ -81,11 +81,21 @@ class Slots(nn.Module):
             slot.load(states[slot.name])
         self.write()
 
-    def write_if_stale(self) -> None:
+    def follow_loaded(self) -> None:
+        """Take over weights that somebody else loaded into the model since the slots were written; cheap where nobody did.
+
+        Raises:
+            ValueError: where values and weights moved apart, each by itself.
+        """
+        for slot in self:
+            if slot.was_loaded:
+                slot.reconcile()
+
+    def reconcile(self) -> None:
         """Make sure that the weights are the values, before they leave the model.
 
         Raises:
-            ValueError: where the model was cast to another type since the slots were made.
+            ValueError: where the model was cast to another type since the slots were made, and as `follow_loaded`.
         """
         for slot in self:
             if slot.target.dtype != slot.base_dtype:
@@ -93,13 +103,13 @@ class Slots(nn.Module):
                     f"{slot.name}: attached as {slot.base_dtype}, now {slot.target.dtype}: no base has these values; "
                     "load the model in the type you want and attach then"
                 )
-        if any(slot.is_stale() for slot in self):
+        moved = [slot.name for slot in self if slot.reconcile()]
+        if moved:
             warnings.warn(
                 "values changed without reaching the weights: build the optimizer with tuner.optimizer(...), or call "
                 "tuner.watch(optimizer)",
                 stacklevel=3,
             )
-            self.write()
 
 
 def _check(parameters: dict[str, nn.Parameter], selection: Selection) -> None:

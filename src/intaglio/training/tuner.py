@@ -98,6 +98,7 @@ class Tuner:
             raise ValueError(
                 "optimizer LBFGS: evaluates the model inside a step, where the weights are not yet written; use another"
             )
+        optimizer.register_step_pre_hook(lambda *_: self.slots.follow_loaded())
         for regime in self.regimes:
             regime.watch(optimizer)
         optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
@@ -126,7 +127,7 @@ class Tuner:
         Raises:
             ValueError: where the model was cast to another type since `attach`.
         """
-        self.slots.write_if_stale()
+        self.slots.reconcile()
         values = {name: self.layout.gather(name, e, self.slots[name].target) for name, e in self.selection.items()}
         fingerprints = self.slots.fingerprints() | self.layout.fingerprints
         return Delta(self.selection, values, fingerprints, self.method.to_dict(), self._base, self._weights())
@@ -134,12 +135,13 @@ class Tuner:
     def save(self, directory: str | Path) -> Path:
         """Save the adapter folder: `delta().save(directory)`; of a PEFT model, its own complete adapter folder."""
         if peft_layers.is_peft(self.model):
-            self.slots.write_if_stale()
+            self.slots.reconcile()
             return peft_layers.save(self.model, directory)
         return self.delta().save(directory)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the optimizer: values in full precision, step, and the state of the regimes."""
+        self.slots.follow_loaded()
         state = {"method": self.method.to_dict(), "step": self.step}
         state |= {regime.name: regime.state() for regime in self.regimes}
         return state | {"slots": self.slots.state(), "fingerprints": self.slots.fingerprints()}
@@ -180,7 +182,8 @@ class Tuner:
     def _take_off(self) -> None:
         for regime in self.regimes:
             regime.release()
-        self.slots.write()
+        for slot in self.slots:
+            slot.reconcile()
         self.layout.revert_(self.model)
         for slot in self.slots:
             slot.disconnect()
