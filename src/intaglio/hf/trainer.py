@@ -71,6 +71,8 @@ class SparseMixin(_Marked):
         if any(regime.leaves_unused for regime in tuner.regimes):
             expect_unused_parameters(kwargs.get("args"))
         super().__init__(model=tuner.model, **kwargs)  # type: ignore[call-arg]  # a Trainer's
+        if kwargs.get("ref_model") is None:
+            self._take_as_reference()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("DeepSpeed and FSDP shard the weights that sparse training writes to; use one process or DDP")
         if self.args.n_gpu > 1:
@@ -86,6 +88,15 @@ class SparseMixin(_Marked):
         if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             model: Any = tuner.model
             model.enable_input_require_grads()  # else the frozen embedding cuts every gradient off
+
+    def _take_as_reference(self: Any) -> None:
+        """Let the reference of DPO, GRPO and their kin be the model as it is before this training.
+
+        Their trainers read it by the name that the model was loaded by: the base of an earlier training, if there was one.
+        """
+        reference = getattr(self, "ref_model", None)
+        if reference is not None:
+            self.accelerator.unwrap_model(reference).load_state_dict(self.tuner.model.state_dict())
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `train.optim` names, over the slots alone; norms and biases are not decayed, as usual."""

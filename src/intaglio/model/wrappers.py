@@ -29,8 +29,8 @@ def refuse_parallel(model: nn.Module) -> None:
         model = inner
     if _is_parallel(model):
         raise ValueError(
-            f"model: wrapped in {type(model).__name__}, which does not see parameters that come later: attach to the model first, "
-            "and wrap tuner.model then"
+            f"model: wrapped in {type(model).__name__}, which does not see parameters that come later: attach to the model "
+            "first, and wrap tuner.model then"
         )
 
 
