@@ -26,7 +26,7 @@ from ..core.fingerprint import fingerprint
 from ..core.selection import Slices
 from ..model.structure import is_linear, is_transposed
 
-__all__ = ["Adapter", "Change", "Layers", "from_delta", "one_hot"]
+__all__ = ["Adapter", "Change", "LinearLayers", "from_delta", "one_hot"]
 
 _LARGEST = 1e4  # no weight is this large, and with more an activation could overflow and spoil its batch
 _serial = itertools.count()
@@ -99,7 +99,7 @@ class Adapter:
 
 
 @final
-class Layers:
+class LinearLayers:
     """The linear layers of a model that an adapter may change: those whose weight is their own and that see every row.
 
     Args:
@@ -140,7 +140,7 @@ class Layers:
         return (first, second) if is_transposed(self.by_path[path]) else (second, first)
 
 
-def from_delta(delta: Delta, layers: Layers) -> Adapter:
+def from_delta(delta: Delta, layers: LinearLayers) -> Adapter:
     """The changes of a delta of rows or columns, D = tuned − base taken against the live weights.
 
     Args:
@@ -184,7 +184,7 @@ def check_values(name: str, values: Tensor) -> None:
         raise ValueError(f"{name}: holds {largest:g}; values must be finite and at most {_LARGEST:g}")
 
 
-def _base(delta: Delta, name: str, layers: Layers) -> tuple[str, Tensor]:
+def _base(delta: Delta, name: str, layers: LinearLayers) -> tuple[str, Tensor]:
     """The layer's path, and the base's values where the delta has its own."""
     entries, tuned = delta.selection[name], delta.values[name]
     path, layer = layers.of(name)

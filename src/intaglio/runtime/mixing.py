@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .changes import Adapter, Change, Layers
+from .changes import Adapter, Change, LinearLayers
 from .table import Table
 
 __all__ = ["Batch", "Mixer", "mix_plainly"]
@@ -39,8 +39,8 @@ class Mixer:
         ...     model.generate(**batch)
     """
 
-    def __init__(self, model: nn.Module, layers: Layers | None = None) -> None:
-        layers = layers or Layers(model)
+    def __init__(self, model: nn.Module, layers: LinearLayers | None = None) -> None:
+        layers = layers or LinearLayers(model)
         self._batch: Batch | None = None
         self._last: Batch | None = None
         self._tables: dict[int, Table] = {}
