@@ -1,12 +1,14 @@
 """Intaglio: fine-tune large language models sparsely.
 
-The public names, loaded on first use: importing this package alone imports nothing else.
+The public names, loaded on first use: importing this package alone imports nothing heavy.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .core.version import VERSION
 
 if TYPE_CHECKING:
     from .adapter.delta import Delta as Delta
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from .training.tuner import attach as attach
     from .training.updates import Updates as Updates
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOME = {
     "attach": "training.tuner",
