@@ -1,4 +1,4 @@
-"""What an adapter adds to the outputs of linear layers, in a form in which many adapters run in one batch.
+"""The changes that an adapter makes to the outputs of linear layers, in a form in which many adapters run in one batch.
 
 For inputs x, n channels h are read and written back:
 
@@ -12,8 +12,7 @@ LoRA is (read = A, write = s Bᵀ), and where A or Bᵀ is one-hot its index sta
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import final
@@ -35,7 +34,7 @@ _serial = itertools.count()
 @final
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one adapter adds to one linear layer, by channels.
+    """The channels that one adapter adds to one linear layer.
 
     Args:
         read: which inputs the n channels are, int64 `[n]`, or what reads them, values `[n, in]`.
@@ -217,17 +216,9 @@ def _packed(changes: Mapping[str, Change]) -> dict[str, Change]:
     """The same changes with their values in one block, so that a large adapter is one piece of memory to give back."""
     values = [t for change in changes.values() for t in (change.read, change.write) if t.is_floating_point()]
     block = torch.empty(0) if not values else values[0].new_empty(sum(t.numel() for t in values))
-    places = iter(_views(block, [t.shape for t in values]))
+    places = iter(block.split([t.numel() for t in values]))
 
     def place(tensor: Tensor) -> Tensor:
-        return next(places).copy_(tensor) if tensor.is_floating_point() else tensor
+        return next(places).view(tensor.shape).copy_(tensor) if tensor.is_floating_point() else tensor
 
     return {path: Change(place(change.read), place(change.write)) for path, change in changes.items()}
-
-
-def _views(block: Tensor, shapes: Iterable[torch.Size]) -> Iterable[Tensor]:
-    start = 0
-    for shape in shapes:
-        stop = start + math.prod(shape)
-        yield block[start:stop].view(shape)
-        start = stop

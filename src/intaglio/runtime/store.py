@@ -28,7 +28,7 @@ __all__ = [
 @final
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of a loaded adapter.
+    """Facts of a loaded adapter.
 
     Attributes:
         name: as given to `load`.
