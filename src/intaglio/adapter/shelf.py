@@ -67,7 +67,7 @@ class Shelf(ABC, Generic[Held]):
         for argument, bound in (("capacity_bytes", capacity_bytes), ("max_entries", max_entries)):
             if bound is not None and (isinstance(bound, bool) or not bound > 0):
                 raise ValueError(f"{argument}={bound!r}: give a number above 0, or None for no bound")
-        self.capacity_bytes, self._max_entries = capacity_bytes, max_entries
+        self.capacity_bytes, self.max_entries = capacity_bytes, max_entries
         self.loads = self.evictions = 0
         self._lock = threading.Condition()
         self._entries: dict[str, _Entry[Held]] = {}  # used longest ago first
@@ -178,8 +178,8 @@ class Shelf(ABC, Generic[Held]):
             taken = self._entries.keys() | self._coming
             if name in taken:
                 raise DuplicateAdapter(f"{name!r}: an adapter of this name is loaded; unload it first, or take another name")
-            if self._max_entries is not None and len(taken) >= self._max_entries:
-                raise AdapterError(f"{name!r}: max_entries={self._max_entries} adapters are loaded; unload one first")
+            if self.max_entries is not None and len(taken) >= self.max_entries:
+                raise AdapterError(f"{name!r}: max_entries={self.max_entries} adapters are loaded; unload one first")
             self._coming.add(name)
         try:
             yield
