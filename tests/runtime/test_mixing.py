@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from intaglio.runtime.changes import Adapter, Change, Layers, from_delta
+from intaglio.runtime.changes import Adapter, Change, LinearLayers, from_delta
 from intaglio.runtime.mixing import Mixer, mix_plainly
 from intaglio.runtime.table import Table
 from support import requests as tools
@@ -15,14 +15,14 @@ OWNERS = [0, 1, None, 2, None, 3, 0, None, 2]
 
 
 def adapters(model, count=4, **kwargs):
-    layers = Layers(model)
+    layers = LinearLayers(model)
     return [from_delta(tools.draw(model, seed, **kwargs), layers) for seed in range(count)]
 
 
 def watched(model):
     """A mixer on the model, and what each layer was given and gave before and after it."""
     seen = {}
-    layers = Layers(model)
+    layers = LinearLayers(model)
 
     def before(path):
         return lambda layer, inputs, output: seen.__setitem__(path, [inputs[0].clone(), output.clone()])
@@ -66,7 +66,7 @@ def test_mixed_rows_equal_the_plain_twin(name):
 def test_sequences_equal_merged_models(name):
     model = tiny.build(name)
     deltas = [None, *(tools.draw(model, seed) for seed in range(3))]
-    layers = Layers(model)
+    layers = LinearLayers(model)
     owners = [None if delta is None else from_delta(delta, layers) for delta in deltas]
     batch = tiny.batch(name, rows=4)
     with torch.no_grad():
@@ -160,9 +160,9 @@ def test_a_batch_of_other_rows_is_refused():
 
 def test_the_head_and_shared_weights_are_left_alone():
     model = tiny.build("tied_llama")
-    assert "lm_head" not in Layers(model).by_path
-    assert "lm_head" not in Layers(tiny.build("gqa_llama")).by_path
+    assert "lm_head" not in LinearLayers(model).by_path
+    assert "lm_head" not in LinearLayers(tiny.build("gqa_llama")).by_path
     model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
-    assert "model.layers.1.mlp.down_proj" not in Layers(model).by_path
+    assert "model.layers.1.mlp.down_proj" not in LinearLayers(model).by_path
     with pytest.raises(ValueError, match="of its own"):
-        Layers(model).of("lm_head.weight")
+        LinearLayers(model).of("lm_head.weight")

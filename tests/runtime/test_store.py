@@ -93,7 +93,7 @@ def test_a_damaged_folder_is_refused(base, folders, tmp_path, damage):
     shutil.copytree(folders[0], tmp_path / "bad")
     damage(tmp_path / "bad")
     store = AdapterStore(base)
-    with pytest.raises(AdapterError, match=r"^alice: "):
+    with pytest.raises(AdapterError, match=r"^'alice': "):
         store.load("alice", tmp_path / "bad")
     assert not store.infos()
     assert store.resident_bytes == 0

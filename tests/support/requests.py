@@ -7,7 +7,7 @@ import torch
 from intaglio import Delta, Selection
 from intaglio.core.entries import Slices
 from intaglio.core.fingerprint import fingerprint
-from intaglio.runtime.changes import Layers
+from intaglio.runtime.changes import LinearLayers
 from intaglio.runtime.sampling import Sampling
 from support import tiny
 
@@ -16,7 +16,7 @@ def draw(model, seed, *, layers=None, dims=(0, 1), strength=0.3):
     """A delta of a few rows or columns of each linear layer (or of those whose path ends in `layers`), unequal in number."""
     generator = torch.Generator().manual_seed(seed)
     entries, values, prints = {}, {}, {}
-    for path, layer in Layers(model).by_path.items():
+    for path, layer in LinearLayers(model).by_path.items():
         if layers is not None and not path.endswith(layers):
             continue
         dim = dims[int(torch.randint(len(dims), (1,), generator=generator))]

@@ -1,7 +1,7 @@
 """The artefact: tuned values at their places in the base.
 
 A Delta holds values, not differences: applying swaps them in and keeps the originals, so that apply gives exactly the
-trained model and revert exactly the base, in any type, any number of times. Its file format is in `adapter_folder`.
+trained model and revert exactly the base, in any type, any number of times. Its file format is in `folder`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.entries import Entries
 from ..core.fingerprint import fingerprint, is_attached
 from ..core.selection import Selection
-from . import folder as adapter_folder
+from . import folder
 
 __all__ = ["Delta", "refuse_tuner"]
 
@@ -97,8 +97,8 @@ class Delta:
         self._originals = None
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the adapter folder; see `adapter_folder.write` for what a crash can leave. Returns the folder."""
-        return adapter_folder.write(self._contents(), directory)
+        """Write the adapter folder; see `folder.write` for what a crash can leave. Returns the folder."""
+        return folder.write(self._contents(), directory)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Delta:
@@ -107,7 +107,7 @@ class Delta:
         Raises:
             ValueError: naming the file or parameter, for a missing, damaged, truncated or inconsistent folder.
         """
-        return cls(**vars(adapter_folder.read(directory)))
+        return cls(**vars(folder.read(directory)))
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters in this Delta.
@@ -147,10 +147,10 @@ class Delta:
     @property
     def nbytes(self) -> int:
         """Bytes of values and indices, as stored."""
-        return sum(t.numel() * t.element_size() for t in adapter_folder.tensors(self._contents()).values())
+        return sum(t.numel() * t.element_size() for t in folder.tensors(self._contents()).values())
 
-    def _contents(self) -> adapter_folder.Contents:
-        return adapter_folder.Contents(self.selection, self.values, self.fingerprints, self.method, self.base, self.of)
+    def _contents(self) -> folder.Contents:
+        return folder.Contents(self.selection, self.values, self.fingerprints, self.method, self.base, self.of)
 
     def __repr__(self) -> str:
         return f"Delta({self.method.get('name', '?')}, {self.selection!r}, base={self.base!r})"

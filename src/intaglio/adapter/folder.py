@@ -40,7 +40,7 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds; the fields are those of `Delta`."""
+    """The content of a folder; the fields are those of `Delta`."""
 
     selection: Selection
     values: Mapping[str, Tensor]
@@ -70,10 +70,13 @@ def write(contents: Contents, directory: str | os.PathLike[str]) -> Path:
         The folder.
     """
     target = Path(directory).resolve()
+    raw = safetensors.torch.save(tensors(contents), {"format": "pt"})
+    config = _config(contents) | {"sha256": hashlib.sha256(raw).hexdigest()}
     with folder_beside(target) as folder:
-        _write_files(contents, folder)
-        if (target / CARD).exists() and not (target / CONFIG).exists():
-            (folder / CARD).unlink()  # a README that stands beside no adapter is somebody else's
+        (folder / WEIGHTS).write_bytes(raw)
+        (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        if (target / CONFIG).exists() or not (target / CARD).exists():  # else that README is somebody else's
+            (folder / CARD).write_text(_card(contents), encoding="utf-8")
         publish(folder, target, last=(CONFIG,))
     return target
 
@@ -85,19 +88,25 @@ def read(directory: str | os.PathLike[str]) -> Contents:
         ValueError: naming the file or parameter, for a missing, damaged, truncated or inconsistent folder.
     """
     folder = Path(directory)
-    config = _own_config(folder)
-    content = _bytes(folder / WEIGHTS)
+    config, path = _own_config(folder), folder / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    content = path.read_bytes()
     with ThreadPoolExecutor(1) as pool:  # hashing takes as long as all the rest, and beside it
         hashed = pool.submit(lambda: hashlib.sha256(content).hexdigest())
         try:
-            contents = _parse(folder, config, content)
+            return _parse(path, config, content)
         finally:  # where the hash is wrong, that is the better reason for whatever went wrong
-            _check_hash(folder / WEIGHTS, config["sha256"], hashed.result())
-    return contents
+            expected, found = config["sha256"], hashed.result()
+            if expected is not None and found != expected:
+                raise ValueError(f"{path}: damaged or truncated: SHA-256 {expected[:12]}… expected, {found[:12]}… found")
 
 
-def _parse(folder: Path, config: dict[str, Any], content: bytes) -> Contents:
-    raw = _tensors(folder / WEIGHTS, content)
+def _parse(path: Path, config: dict[str, Any], content: bytes) -> Contents:
+    try:
+        raw = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: damaged or truncated, not safetensors ({error})") from error
     selection, values, fingerprints = {}, {}, {}
     for name, fields in config["parameters"].items():
         record = Record.parse(name, fields)
@@ -106,7 +115,7 @@ def _parse(folder: Path, config: dict[str, Any], content: bytes) -> Contents:
         fingerprints[name] = record.fingerprint
     if raw:
         hint = "" if not config.get("modules_to_save") else "; it trains whole modules too (modules_to_save): use PeftModel"
-        raise ValueError(f"{folder / WEIGHTS}: holds {next(iter(raw))!r}, which {CONFIG} does not name{hint}")
+        raise ValueError(f"{path}: holds {next(iter(raw))!r}, which {CONFIG} does not name{hint}")
     base, of = config["base_model_name_or_path"], config.get("of")
     return Contents(Selection(selection), values, fingerprints, config["method"], base, of)
 
@@ -120,14 +129,6 @@ def tensors(contents: Contents) -> dict[str, Tensor]:
         if index is not None:
             found[key(name, "indices")] = index.cpu()
     return found
-
-
-def _write_files(contents: Contents, folder: Path) -> None:
-    raw = safetensors.torch.save(tensors(contents), {"format": "pt"})
-    config = _config(contents) | {"sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / WEIGHTS).write_bytes(raw)
-    (folder / CARD).write_text(_card(contents), encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _config(contents: Contents) -> dict[str, Any]:
@@ -208,24 +209,6 @@ def _own_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config["method"], dict) or not hashed or not isinstance(config.get("of"), int | None):
         raise ValueError(f"{path}: damaged, method, sha256 or of is of the wrong type")
     return config
-
-
-def _bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise ValueError(f"{path}: missing")
-    return path.read_bytes()
-
-
-def _check_hash(path: Path, expected: str | None, found: str) -> None:
-    if expected is not None and found != expected:
-        raise ValueError(f"{path}: damaged or truncated: SHA-256 {expected[:12]}… expected, {found[:12]}… found")
-
-
-def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: damaged or truncated, not safetensors ({error})") from error
 
 
 def _take(raw: dict[str, Tensor], name: str, kind: str) -> Tensor:

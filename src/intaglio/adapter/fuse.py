@@ -1,4 +1,4 @@
-"""Combine adapters of one base into one: tuned = base + Σ weight · (value − base), entry by entry.
+"""Several adapters of one base combined into one: tuned = base + Σ weight · (value − base), entry by entry.
 
 Adapters that change other entries (`attach(exclude=…)`) lose nothing by it: at weight 1 the result holds the values of each.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, reduce
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,9 @@ def fuse(deltas: Sequence[Delta], weights: Sequence[float] | None = None, *, bas
     parameters, places, values, fingerprints = dict(base.named_parameters()), {}, {}, {}
     for key in dict.fromkeys(key for delta in deltas for key in delta.selection):
         parts = [Part(d.selection[key], d.values[key], w) for d, w in zip(deltas, shares, strict=True) if key in d.selection]
-        places[key], originals, values[key] = combine(key, parts, partial(_gather, parameters[key]))
+        places[key], originals, values[key] = combine(
+            key, parts, lambda entries, weight=parameters[key]: entries.to(weight.device).gather(weight)
+        )
         fingerprints[key] = fingerprint(originals)
     method = {"name": "fuse", "of": [delta.method for delta in deltas], "weights": shares}
     of = next((delta.of for delta in deltas if delta.of is not None), None)
@@ -148,7 +150,3 @@ def _check_base(number: int, delta: Delta, base: nn.Module) -> None:
         delta.originals(base)
     except ValueError as error:
         raise ValueError(f"deltas[{number}]: {error}") from error
-
-
-def _gather(parameter: Tensor, entries: Entries) -> Tensor:
-    return entries.to(parameter.device).gather(parameter)

@@ -1,4 +1,4 @@
-"""What stands on a model's base weights right now, and how to put something else there.
+"""The values that stand on a model's base weights, and how others are put in their place.
 
 Base values at the places of every adapter are saved when it is loaded. Putting one on writes them back where the one before
 had changed the weights, then writes its own values: nothing is added or subtracted, so nothing ever rounds.
@@ -35,7 +35,7 @@ class Place:
 @final
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What an adapter puts at one place."""
+    """Values that an adapter puts at one place."""
 
     place: Place
     values: Tensor
@@ -55,7 +55,8 @@ class Overlay:
 
     def __init__(self, model: nn.Module, layout: Layout, *, rows: bool) -> None:
         self._layout, self._rows = layout, rows
-        self._owners = {name: _owner(model, name) for name, _ in model.named_parameters()}
+        paths = {name: name.rpartition(".") for name, _ in model.named_parameters()}
+        self._owners = {name: (model.get_submodule(path), key) for name, (path, _, key) in paths.items()}
         self._users = Counter(parameter.untyped_storage().data_ptr() for parameter in model.parameters())
         self._live: dict[str, Piece] = {}
         self._places: WeakValueDictionary[tuple[object, ...], Place] = WeakValueDictionary()
@@ -169,11 +170,6 @@ class Overlay:
 
     def _note(self, name: str) -> None:
         self._seen[name] = (self._weight(name), _version(self._weight(name)))
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
 
 
 def _version(weight: Tensor) -> int:

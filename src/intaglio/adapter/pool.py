@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Literal, final
 
 from torch import nn
 
+from ..core.entries import Elements, Slices
 from ..core.selection import Selection
 from ..model.permute import Layout
 from .delta import Delta, refuse_tuner
 from .fuse import Part, check_weights, combine, warn_of_overlap
 from .overlay import Overlay, Piece
-from .shelf import Shelf, open_source
+from .shelf import AdapterInUse, Shelf
 
 __all__ = ["AdapterPool"]
 
@@ -71,10 +73,10 @@ class AdapterPool:
         refuse_tuner(model)
         self.model = model
         self._overlay = Overlay(model, layout or Layout(), rows=storage == "rows")
-        self._shelf = Shelf(self._pieces, lambda: self._overlay.standing.values(), capacity_bytes)
+        self._shelf = _Prepared(model, self._overlay, capacity_bytes)
         self._active: str | None = None
         self._waiting: list[str | None] = []  # what comes back after the `using` blocks
-        self._lock = threading.RLock()
+        self._lock = self._shelf.turn
 
     @property
     def active(self) -> str | None:
@@ -84,14 +86,13 @@ class AdapterPool:
     @property
     def names(self) -> list[str]:
         """The loaded adapters, by name."""
-        with self._lock:
-            return self._shelf.names
+        return self._shelf.names
 
     @property
     def nbytes(self) -> int:
         """Bytes held for adapters: values, indices, and the base's values at their places."""
         with self._lock:
-            return self._shelf.nbytes
+            return self._shelf.resident_bytes
 
     def load(self, name: str, source: Delta | str | os.PathLike[str]) -> None:
         """Check an adapter whole and get it ready for `use`; the model stays as it is.
@@ -104,11 +105,7 @@ class AdapterPool:
             ValueError: for a bad or taken name, a damaged folder, an adapter of another base, one that does not fit into
                 `capacity_bytes`, or a model with a tuner attached. The pool is then as it was.
         """
-        with self._lock:
-            self._shelf.refuse(name)
-        opened, delta = open_source(source)  # others may go on while files are read
-        with self._lock:
-            self._shelf.add(name, opened, delta)
+        self._shelf.load(name, source)
 
     def use(self, name: str | None) -> None:
         """Let an adapter stand on the model, or None: the base.
@@ -118,7 +115,7 @@ class AdapterPool:
                 has changed, or a model with a tuner attached. The model and the pool are then as they were.
         """
         with self._lock:
-            self._put(name, {} if name is None else self._shelf.get(name))
+            self._put(name, {} if name is None else self._shelf.fetch(name))
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -152,18 +149,17 @@ class AdapterPool:
             UserWarning: with the share of the entries that more than one of them changes.
         """
         with self._lock:
-            if name is not None:
-                self._shelf.refuse(name)
             if not weights:
                 raise ValueError("weights={}: name at least one loaded adapter")
             shares = check_weights(weights.values(), len(weights))
-            adapters = [self._shelf.get(key) for key in weights]
+            adapters = [self._shelf.fetch(key) for key in weights]
             warn_of_overlap([Selection({key: piece.place.entries for key, piece in a.items()}) for a in adapters])
             pieces = self._combined(adapters, shares)
-            self._check(pieces)
+            self._shelf.check(pieces)
             if name is not None:
-                self._shelf.add_fused(name, pieces)
-            self._put(name or _sum(weights), pieces)
+                self._shelf.keep(name, pieces)
+            total = "+".join(key if weight == 1 else f"{weight:g}*{key}" for key, weight in weights.items())
+            self._put(name or total, pieces)
 
     def unload(self, name: str) -> None:
         """Forget an adapter. After the last one, the pool takes the weights as they are then.
@@ -173,9 +169,9 @@ class AdapterPool:
         """
         with self._lock:
             if name in self._shelf and (name == self._active or name in self._waiting):
-                raise ValueError(f"{name!r}: stands on the model; call use(None), or use another, and unload it then")
-            self._shelf.remove(name)
-            if not self._shelf and not self._overlay.standing:
+                raise AdapterInUse(f"{name!r}: stands on the model; call use(None), or use another, and unload it then")
+            self._shelf.unload(name)
+            if not self._shelf.names and not self._overlay.standing:
                 self._overlay.restart()
 
     def close(self) -> None:
@@ -188,30 +184,19 @@ class AdapterPool:
             if self._waiting:
                 raise ValueError("the pool is held by a using block; close it after that")
             self.use(None)
-            self._shelf.clear()
+            for name in self._shelf.names:
+                self._shelf.unload(name)
             self._overlay.turn_back()
             self._overlay.restart()
 
     def _put(self, name: str | None, pieces: Mapping[str, Piece]) -> None:
         """Let pieces stand on the model, after every check."""
-        self._check(pieces)
+        self._shelf.check(pieces)
         self._active = None  # should the writing be interrupted
         self._overlay.put(pieces)
         self._active = name
-        if not self._shelf and not self._overlay.standing:
+        if not self._shelf.names and not self._overlay.standing:
             self._overlay.restart()
-
-    def _check(self, names: Iterable[str]) -> None:
-        refuse_tuner(self.model)
-        self._overlay.check(names)
-
-    def _pieces(self, delta: Delta) -> dict[str, Piece]:
-        """An adapter made ready, after every check."""
-        delta.parameters(self.model)
-        self._check(delta.selection)
-        for name, entries in delta.selection.items():
-            delta.check_base(name, self._overlay.originals(name, entries))
-        return {name: self._overlay.piece(name, entries, delta.values[name]) for name, entries in delta.selection.items()}
 
     def _combined(self, adapters: list[dict[str, Piece]], weights: list[float]) -> dict[str, Piece]:
         pieces = {}
@@ -223,5 +208,60 @@ class AdapterPool:
         return pieces
 
 
-def _sum(weights: Mapping[str, float]) -> str:
-    return "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in weights.items())
+@final
+class _Prepared(Shelf[dict[str, Piece]]):
+    """The adapters of a pool, checked against its model and ready to be put on it.
+
+    Args:
+        model: what they are for.
+        overlay: of that model.
+        capacity_bytes: memory for them; what stands on the model counts too.
+
+    Attributes:
+        turn: to be held by whoever reads or writes the model's weights.
+    """
+
+    def __init__(self, model: nn.Module, overlay: Overlay, capacity_bytes: int | None) -> None:
+        super().__init__(capacity_bytes=capacity_bytes)
+        self._model, self._overlay = model, overlay
+        self.turn = threading.RLock()
+
+    def load(self, name: str, source: Delta | str | os.PathLike[str]) -> None:
+        """Read, check and keep an adapter; others have their turn while files are read."""
+        with self._reserved(name):
+            folder, delta = (None, source) if isinstance(source, Delta) else self._open(name, source, Delta.load)
+            with self.turn:
+                indices = sum(e.index.nbytes for e in delta.selection.values() if isinstance(e, Slices | Elements))
+                self._check_room(name, 2 * sum(values.nbytes for values in delta.values.values()) + indices)
+                self._put(name, self._prepare(delta), folder)
+
+    def keep(self, name: str, pieces: dict[str, Piece]) -> None:
+        """Keep what comes from no folder."""
+        with self._reserved(name):
+            self._put(name, pieces, None)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse to go on where somebody trains the model, or has changed its weights; see `Overlay.check`."""
+        refuse_tuner(self._model)
+        self._overlay.check(names)
+
+    def _prepare(self, delta: Delta) -> dict[str, Piece]:
+        """The pieces of an adapter, after every check."""
+        delta.parameters(self._model)
+        self.check(delta.selection)
+        for name, entries in delta.selection.items():
+            delta.check_base(name, self._overlay.originals(name, entries))
+        return {name: self._overlay.piece(name, entries, delta.values[name]) for name, entries in delta.selection.items()}
+
+    def _read(self, folder: Path) -> dict[str, Piece]:
+        return self._prepare(Delta.load(folder))
+
+    def _sizes(self, value: Mapping[str, Piece]) -> dict[Hashable, int]:
+        tensors = []
+        for piece in value.values():
+            entries = piece.place.entries
+            tensors += [piece.values, piece.place.base, *([entries.index] if isinstance(entries, Slices | Elements) else [])]
+        return {id(tensor): tensor.nbytes for tensor in tensors}
+
+    def _standing(self) -> dict[Hashable, int]:
+        return self._sizes(self._overlay.standing)

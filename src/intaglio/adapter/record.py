@@ -1,4 +1,4 @@
-"""What an adapter's config says of one parameter: enough to know every tensor's shape, and the base again."""
+"""A parameter's entry in an adapter's config, from which follow the shapes of its tensors, and whether a base is the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Record", "stored_index"]
 @final
 @dataclass(frozen=True)
 class Record:
-    """One parameter's line in `adapter_config.json`.
+    """One parameter's entry in `adapter_config.json`.
 
     Args:
         kind: "whole", "slices" or "elements".

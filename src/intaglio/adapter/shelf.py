@@ -1,207 +1,256 @@
-"""Loaded adapters by name, within a bound of memory: values used longest ago are dropped and read again from their folders."""
+"""Adapters by name, within a bound of memory: what was used longest ago is dropped, and read again from its folder."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Generic, TypeVar
 
-from ..core.entries import Elements, Slices
-from .delta import Delta
-from .folder import WEIGHTS, read_config
 from .names import check_name
-from .overlay import Piece
+from .source import Source, weights_size
 
-__all__ = ["Shelf", "Source", "open_source"]
+__all__ = ["AdapterError", "AdapterInUse", "DuplicateAdapter", "Shelf", "UnknownAdapter"]
 
-
-@dataclass
-class Source:
-    """Where an adapter comes from.
-
-    Attributes:
-        folder: where its values can be read again; None for one that was given as a Delta, or fused, which stays in memory.
-        stamp: what tells the folder's weights from others.
-    """
-
-    folder: Path | None = None
-    stamp: str = ""
+Held = TypeVar("Held")
+Found = TypeVar("Found")
 
 
-@dataclass
-class _Adapter:
-    source: Source
-    pieces: dict[str, Piece] | None  # None where they were dropped
+class AdapterError(ValueError):
+    """An adapter that cannot be used: a bad name, a damaged folder, another base, too large, or of an unsupported kind."""
 
 
-def open_source(source: Delta | str | os.PathLike[str]) -> tuple[Source, Delta]:
-    """Read an adapter, from a folder or as it is.
-
-    Raises:
-        ValueError: as `Delta.load`.
-    """
-    if isinstance(source, Delta):
-        return Source(), source
-    folder = Path(source).resolve()
-    return Source(folder, _stamp(folder)), Delta.load(folder)
+class UnknownAdapter(AdapterError):
+    """A name that no loaded adapter has."""
 
 
-@final
-class Shelf:
-    """Adapters by name, ready to be put on a model.
+class DuplicateAdapter(AdapterError):
+    """A name that a loaded adapter has already."""
+
+
+class AdapterInUse(AdapterError):
+    """An adapter that somebody is using."""
+
+
+@dataclass(eq=False)
+class _Entry(Generic[Held]):
+    value: Held | None  # None where it was dropped
+    sizes: Mapping[Hashable, int]  # of the value's tensors
+    source: Source | None  # None where it cannot be read again, and is never dropped
+    uses: int = 0
+    leaving: bool = False
+
+
+class Shelf(ABC, Generic[Held]):
+    """Adapters by name, in the form in which they are used; any thread may call, and none waits while files are read.
+
+    A subclass says what is held, and how it is read and measured.
 
     Args:
-        prepare: checks a Delta against the model and makes its pieces.
-        standing: what stands on the model, which counts too.
-        capacity: bytes that all may take; None for no bound.
+        capacity_bytes: most bytes to keep in memory; default None, no bound. Beyond it, values used longest ago are dropped.
+        max_entries: most adapters to know at once, dropped or not; default None, no bound.
+
+    Attributes:
+        capacity_bytes: as given; another bound counts from the next call on.
+        loads: how often values were loaded, or read again.
+        evictions: how often values were dropped.
+
+    Raises:
+        ValueError: for a bound that is no positive number.
     """
 
-    def __init__(
-        self, prepare: Callable[[Delta], dict[str, Piece]], standing: Callable[[], Iterable[Piece]], capacity: int | None
-    ) -> None:
-        if capacity is not None and (isinstance(capacity, bool) or not capacity > 0):
-            raise ValueError(f"capacity_bytes={capacity!r}: give a number of bytes above 0, or None for no bound")
-        self._prepare, self._standing, self._capacity = prepare, standing, capacity
-        self._adapters: dict[str, _Adapter] = {}  # used longest ago first
+    def __init__(self, *, capacity_bytes: int | None = None, max_entries: int | None = None) -> None:
+        for argument, bound in (("capacity_bytes", capacity_bytes), ("max_entries", max_entries)):
+            if bound is not None and (isinstance(bound, bool) or not bound > 0):
+                raise ValueError(f"{argument}={bound!r}: give a number above 0, or None for no bound")
+        self.capacity_bytes, self.max_entries = capacity_bytes, max_entries
+        self.loads = self.evictions = 0
+        self._lock = threading.Condition()
+        self._entries: dict[str, _Entry[Held]] = {}  # used longest ago first
+        self._coming: set[str] = set()
+
+    @abstractmethod
+    def _read(self, folder: Path) -> Held:
+        """The values of the adapter in a folder, every check passed."""
+
+    @abstractmethod
+    def _sizes(self, value: Held) -> Mapping[Hashable, int]:
+        """Bytes of the tensors in `value`; one that other adapters hold too has the same key there, and counts once."""
+
+    def _standing(self) -> Mapping[Hashable, int]:
+        """Sizes of what is in memory anyway, wherever it came from."""
+        return {}
 
     @property
     def names(self) -> list[str]:
         """The adapters, by name."""
-        return sorted(self._adapters)
+        with self._lock:
+            return sorted(self._entries)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of values, indices, and the base's values at their places, each tensor once."""
-        held = (adapter.pieces or {} for adapter in self._adapters.values())
-        return sum(_sizes([*self._standing(), *(piece for pieces in held for piece in pieces.values())]).values())
-
-    def refuse(self, name: str) -> None:
-        """Refuse a name that no adapter may get.
-
-        Raises:
-            ValueError: where it is no name, or taken.
-        """
-        check_name(name)
-        if name in self._adapters:
-            raise ValueError(f"name={name!r}: an adapter of this name is loaded; unload it first, or take another name")
-
-    def add(self, name: str, source: Source, delta: Delta) -> None:
-        """Prepare and keep an adapter.
-
-        Raises:
-            ValueError: as `refuse` and `prepare`, and where it does not fit into the capacity.
-        """
-        self.refuse(name)
-        self._refuse_oversized(name, _needed(delta))
-        self._keep(name, _Adapter(source, self._prepare(delta)))
-
-    def add_fused(self, name: str, pieces: dict[str, Piece]) -> None:
-        """Keep pieces that come from no folder.
-
-        Raises:
-            ValueError: as `refuse`, and where they do not fit into the capacity.
-        """
-        self.refuse(name)
-        self._refuse_oversized(name, sum(_sizes(pieces.values()).values()))
-        self._keep(name, _Adapter(Source(), pieces))
-
-    def get(self, name: str) -> dict[str, Piece]:
-        """An adapter's pieces, read again where they were dropped; it is the one used last now.
-
-        Raises:
-            ValueError: for an unknown name, or a folder that can no longer be read or holds something else.
-        """
-        adapter = self._known(name)
-        if adapter.pieces is None:
-            adapter.pieces = self._read_again(name, adapter.source)
-        pieces = adapter.pieces
-        self._keep(name, self._adapters.pop(name))
-        return pieces
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter.
-
-        Raises:
-            ValueError: for an unknown name.
-        """
-        self._known(name)
-        del self._adapters[name]
-
-    def clear(self) -> None:
-        """Forget every adapter."""
-        self._adapters.clear()
+    def resident_bytes(self) -> int:
+        """Bytes in memory, each tensor once."""
+        with self._lock:
+            return sum(_merged([self._standing(), *(entry.sizes for entry in self._entries.values())]).values())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._adapters
+        with self._lock:
+            return name in self._entries
 
-    def __len__(self) -> int:
-        return len(self._adapters)
+    def acquire(self, name: str) -> None:
+        """Count one more user of an adapter, which stays until its `release`.
 
-    def _known(self, name: str) -> _Adapter:
-        if name not in self._adapters:
-            raise ValueError(f"{name!r}: no such adapter; loaded are {', '.join(self.names) or 'none'}")
-        return self._adapters[name]
+        Raises:
+            UnknownAdapter: where there is none of this name, or it is being unloaded.
+        """
+        with self._lock:
+            self._entry(name, leaving=False).uses += 1
 
-    def _read_again(self, name: str, source: Source) -> dict[str, Piece]:
-        assert source.folder is not None
+    def release(self, name: str) -> None:
+        """Count one user less."""
+        with self._lock:
+            self._entry(name).uses -= 1
+            self._lock.notify_all()
+
+    def fetch(self, name: str) -> Held:
+        """The values of an adapter, which is now the one used last; read again where they were dropped.
+
+        Raises:
+            UnknownAdapter: where there is none of this name.
+            AdapterError: where its folder is gone, damaged, or has changed since it was loaded.
+        """
+        with self._lock:
+            entry = self._entry(name)
+            value = entry.value
+        if value is None:
+            assert entry.source is not None
+            try:
+                value = entry.source.read(self._read)
+            except (ValueError, OSError) as error:
+                why = f"was dropped from memory and cannot be read again ({error})"
+                raise AdapterError(f"{name!r}: {why}; unload it and load it anew") from error
+        with self._lock:
+            if entry.value is None:  # else another thread was faster
+                entry.value, entry.sizes = value, self._sizes(value)
+                self.loads += 1
+            value = entry.value
+            if self._entries.get(name) is entry:  # not unloaded meanwhile
+                self._entries[name] = self._entries.pop(name)
+            self._shrink()
+        return value
+
+    def unload(self, name: str, *, wait: float = 0.0) -> None:
+        """Forget an adapter. It gets no new users while this waits for those that it has.
+
+        Args:
+            name: of a loaded adapter.
+            wait: most seconds to wait for its users; default 0.
+
+        Raises:
+            UnknownAdapter: where there is none of this name, or it is being unloaded.
+            AdapterInUse: where it still has users; it stays loaded.
+        """
+        with self._lock:
+            entry = self._entry(name, leaving=False)
+            entry.leaving = True
+            if not self._lock.wait_for(lambda: entry.uses == 0, wait):
+                entry.leaving = False
+                raise AdapterInUse(f"{name!r}: {entry.uses} requests are using this adapter; wait for them, or cancel them")
+            del self._entries[name]
+
+    @contextmanager
+    def _reserved(self, name: str) -> Iterator[None]:
+        """Keep a new name from others for a block that reads an adapter and puts it here.
+
+        Raises:
+            AdapterError: for a bad name, or too many adapters.
+            DuplicateAdapter: where the name is taken.
+        """
         try:
-            if _stamp(source.folder) != source.stamp:
-                raise ValueError(f"{source.folder}: holds other weights now")
-            return self._prepare(Delta.load(source.folder))
+            check_name(name)
         except ValueError as error:
-            raise ValueError(f"{name!r}: was dropped from memory and cannot be read again ({error}); load it anew") from error
+            raise AdapterError(str(error)) from error
+        with self._lock:
+            taken = self._entries.keys() | self._coming
+            if name in taken:
+                raise DuplicateAdapter(f"{name!r}: an adapter of this name is loaded; unload it first, or take another name")
+            if self.max_entries is not None and len(taken) >= self.max_entries:
+                raise AdapterError(f"{name!r}: max_entries={self.max_entries} adapters are loaded; unload one first")
+            self._coming.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming.discard(name)
 
-    def _keep(self, name: str, adapter: _Adapter) -> None:
-        """Put an adapter last, and drop values that are beyond the capacity, those used longest ago first."""
-        self._adapters[name] = adapter
-        if self._capacity is None:
+    def _open(self, name: str, path: str | os.PathLike[str], reader: Callable[[Path], Found]) -> tuple[Source, Found]:
+        """A folder that is to be loaded, and what `reader` makes of it.
+
+        Raises:
+            AdapterError: where it is damaged, changes meanwhile, or is too large.
+        """
+        try:
+            folder = Path(path).resolve()
+            self._check_room(name, weights_size(folder))
+            source = Source.of(folder)
+            return source, source.read(reader)
+        except AdapterError:
+            raise
+        except (ValueError, OSError) as error:
+            raise AdapterError(f"{name!r}: {error}") from error
+
+    def _check_room(self, name: str, needed: int) -> None:
+        """Refuse what cannot be in memory together with what is never dropped."""
+        with self._lock:
+            lasting = sum(self._lasting().values())
+        if self.capacity_bytes is not None and needed + lasting > self.capacity_bytes:
+            beside = f" beside the {lasting:,} of adapters without a folder" if lasting else ""
+            raise AdapterError(f"{name!r}: needs {needed:,} bytes{beside}, more than capacity_bytes={self.capacity_bytes:,}")
+
+    def _put(self, name: str, value: Held, source: Source | None) -> None:
+        """Keep an adapter under its reserved name.
+
+        Raises:
+            AdapterError: where it is too large.
+        """
+        with self._lock:
+            entry = _Entry(value, self._sizes(value), source)
+            self._check_room(name, sum(entry.sizes.values()))
+            self._entries[name] = entry
+            self.loads += 1
+            self._shrink()
+
+    def _entry(self, name: str, *, leaving: bool = True) -> _Entry[Held]:
+        """The entry of a name; one that is being unloaded only if `leaving`."""
+        entry = self._entries.get(name)
+        if entry is None or (entry.leaving and not leaving):
+            known = sorted(self._entries)
+            listed = ", ".join(known[:10]) + (" …" if len(known) > 10 else "")
+            raise UnknownAdapter(f"{name!r}: no such adapter; loaded are {listed or 'none'}")
+        return entry
+
+    def _lasting(self) -> dict[Hashable, int]:
+        """Sizes of what is never dropped."""
+        return _merged(entry.sizes for entry in self._entries.values() if entry.source is None)
+
+    def _shrink(self) -> None:
+        """Drop what is beyond the capacity, values used longest ago first; never the last used, which are being asked for."""
+        if self.capacity_bytes is None:
             return
-        kept = _sizes([*self._standing(), *self._lasting()])
-        room = self._capacity - sum(kept.values())
-        for other in reversed(self._adapters.values()):
-            if other.source.folder is not None and other.pieces is not None:
-                sizes = _sizes(other.pieces.values())
-                room -= sum(size for key, size in sizes.items() if key not in kept)
-                kept |= sizes
-                if room < 0:
-                    other.pieces = None
-
-    def _lasting(self) -> Iterator[Piece]:
-        """Pieces that can be read from no folder."""
-        for adapter in self._adapters.values():
-            if adapter.source.folder is None:
-                yield from (adapter.pieces or {}).values()
-
-    def _refuse_oversized(self, name: str, needed: int) -> None:
-        lasting = sum(_sizes(self._lasting()).values())
-        if self._capacity is not None and needed + lasting > self._capacity:
-            raise ValueError(
-                f"{name!r}: needs {needed:,} bytes, and {lasting:,} are held by adapters without a folder; "
-                f"capacity_bytes={self._capacity:,} cannot hold both: give more"
-            )
+        kept = _merged([self._standing(), self._lasting()])
+        room = self.capacity_bytes - sum(kept.values())
+        for age, entry in enumerate(reversed(self._entries.values())):
+            if entry.source is not None and entry.value is not None:
+                room -= sum(size for key, size in entry.sizes.items() if key not in kept)
+                kept |= entry.sizes
+                if room < 0 and age > 0:
+                    entry.value, entry.sizes = None, {}
+                    self.evictions += 1
 
 
-def _stamp(folder: Path) -> str:
-    """The hash of a folder's weights, which its config names; transformers writes configs that do not."""
-    named, path = read_config(folder).get("sha256"), folder / WEIGHTS
-    if isinstance(named, str):
-        return named
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def _sizes(pieces: Iterable[Piece]) -> dict[int, int]:
-    """Bytes of the tensors that pieces hold, each once."""
-    tensors = []
-    for piece in pieces:
-        entries = piece.place.entries
-        tensors += [piece.values, piece.place.base, *([entries.index] if isinstance(entries, Slices | Elements) else [])]
-    return {id(tensor): tensor.nbytes for tensor in tensors}
-
-
-def _needed(delta: Delta) -> int:
-    """Bytes that an adapter takes by itself."""
-    indices = sum(entries.index.nbytes for entries in delta.selection.values() if isinstance(entries, Slices | Elements))
-    return 2 * sum(values.nbytes for values in delta.values.values()) + indices
+def _merged(sizes: Iterable[Mapping[Hashable, int]]) -> dict[Hashable, int]:
+    return {key: size for each in sizes for key, size in each.items()}

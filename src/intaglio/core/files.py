@@ -11,58 +11,55 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["folder_beside", "publish", "read_mapping", "synced", "write_whole"]
+__all__ = ["folder_beside", "publish", "read_mapping", "write_whole"]
 
 
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder next to `target`, on its file system, for what is to become it; it vanishes after the block."""
+    """A new folder on the file system of `target`, for what is to become it; what is left of it vanishes after the block."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))  # which its owner alone may enter
     try:
+        folder = hidden / target.name
+        folder.mkdir()
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def publish(folder: Path, target: Path, last: Sequence[str] = ()) -> None:
-    """Put the files of a finished folder in place.
+    """Put a finished folder in place; not even a crash of the machine lets half a file be seen there.
 
     A new `target` appears by one rename. In one that exists, files are replaced one by one, and others stay.
 
     Args:
-        folder: what is finished, on the file system of `target`.
+        folder: what is finished, on the file system of `target`. Its files get its own permissions: safetensors writes files
+            that only their owner can read.
         target: the place.
         last: names of files that are replaced after all others, in this order.
     """
-    for path in _files(folder):
-        synced(path)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        path.chmod(folder.stat().st_mode & 0o666)
+        _sync(path)
     if not target.exists():
-        folder.chmod(0o755)
+        for inner in {path.parent for path in files}:
+            _sync(inner)
         os.replace(folder, target)
+        _sync(target.parent)
         return
-    order = {name: place for place, name in enumerate(last, start=1)}
-    for path in sorted(_files(folder), key=lambda path: (order.get(str(path.relative_to(folder)), 0), path)):
-        place = target / path.relative_to(folder)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
+    names = [str(path.relative_to(folder)) for path in files]
+    for name in [*sorted(set(names) - set(last)), *(name for name in last if name in names)]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / name, target / name)
+        _sync((target / name).parent)  # so that the disk keeps the order
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears by one rename, once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    synced(temporary)
-    os.replace(temporary, path)
-
-
-def synced(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with folder_beside(path) as folder:
+        (folder / path.name).write_bytes(content)
+        publish(folder, path.parent)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -80,5 +77,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not folder:  # Windows opens no folders, and some file systems sync none
+            raise

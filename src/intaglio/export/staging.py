@@ -42,13 +42,9 @@ def staged(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         ValueError: as `check_target`.
     """
     target = check_target(directory, overwrite=overwrite)
-    with folder_beside(target) as beside:
-        folder, old = beside / "new", beside / "old"
-        folder.mkdir()
+    with folder_beside(target) as folder:
+        old = folder.parent / "old"
         yield folder
-        # safetensors writes files that only their owner can read; a server may run as another user.
-        for path in (p for p in folder.rglob("*") if p.is_file()):
-            path.chmod(folder.stat().st_mode & 0o666)
         check_target(target, overwrite=overwrite)  # something may have appeared since
         try:
             if target.exists():

@@ -1,4 +1,4 @@
-"""transformers' continuous batching, told which request each row belongs to.
+"""The continuous batching of transformers, told which request each row belongs to.
 
 Its scheduler and paged cache are used as they are. What is added goes through four seams: the step that runs the model, the
 list of logits processors, the router of outputs, and the start and end of the loop. These are internals of transformers
@@ -26,7 +26,7 @@ _CACHE, _CACHED = 2**30, 2**16  # most bytes and tokens of the cache, unless one
 
 
 class Desk(Protocol):
-    """What the loop asks of whoever knows the requests; all from the loop's thread."""
+    """The keeper of the requests, as the loop sees it; the loop's thread makes all of these calls."""
 
     def before_step(self) -> None:
         """Between two steps."""

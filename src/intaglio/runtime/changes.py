@@ -1,4 +1,4 @@
-"""What an adapter adds to the outputs of linear layers, in a form in which many adapters run in one batch.
+"""The changes that an adapter makes to the outputs of linear layers, in a form in which many adapters run in one batch.
 
 For inputs x, n channels h are read and written back:
 
@@ -12,8 +12,7 @@ LoRA is (read = A, write = s Bᵀ), and where A or Bᵀ is one-hot its index sta
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import final
@@ -26,7 +25,7 @@ from ..core.entries import Slices
 from ..core.fingerprint import fingerprint
 from ..model.structure import is_linear, is_transposed
 
-__all__ = ["Adapter", "Change", "Layers", "from_delta", "one_hot"]
+__all__ = ["Adapter", "Change", "LinearLayers", "from_delta", "one_hot"]
 
 _LARGEST = 1e4  # no weight is this large, and with more an activation could overflow and spoil its batch
 _serial = itertools.count()
@@ -35,7 +34,7 @@ _serial = itertools.count()
 @final
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one adapter adds to one linear layer, by channels.
+    """The channels that one adapter adds to one linear layer.
 
     Args:
         read: which inputs the n channels are, int64 `[n]`, or what reads them, values `[n, in]`.
@@ -99,7 +98,7 @@ class Adapter:
 
 
 @final
-class Layers:
+class LinearLayers:
     """The linear layers of a model that an adapter may change: those whose weight is their own and that see every row.
 
     Args:
@@ -140,7 +139,7 @@ class Layers:
         return (first, second) if is_transposed(self.by_path[path]) else (second, first)
 
 
-def from_delta(delta: Delta, layers: Layers) -> Adapter:
+def from_delta(delta: Delta, layers: LinearLayers) -> Adapter:
     """The changes of a delta of rows or columns, D = tuned − base taken against the live weights.
 
     Args:
@@ -184,7 +183,7 @@ def check_values(name: str, values: Tensor) -> None:
         raise ValueError(f"{name}: holds {largest:g}; values must be finite and at most {_LARGEST:g}")
 
 
-def _base(delta: Delta, name: str, layers: Layers) -> tuple[str, Tensor]:
+def _base(delta: Delta, name: str, layers: LinearLayers) -> tuple[str, Tensor]:
     """The layer's path, and the base's values where the delta has its own."""
     entries, tuned = delta.selection[name], delta.values[name]
     path, layer = layers.of(name)
@@ -217,17 +216,9 @@ def _packed(changes: Mapping[str, Change]) -> dict[str, Change]:
     """The same changes with their values in one block, so that a large adapter is one piece of memory to give back."""
     values = [t for change in changes.values() for t in (change.read, change.write) if t.is_floating_point()]
     block = torch.empty(0) if not values else values[0].new_empty(sum(t.numel() for t in values))
-    places = iter(_views(block, [t.shape for t in values]))
+    places = iter(block.split([t.numel() for t in values]))
 
     def place(tensor: Tensor) -> Tensor:
-        return next(places).copy_(tensor) if tensor.is_floating_point() else tensor
+        return next(places).view(tensor.shape).copy_(tensor) if tensor.is_floating_point() else tensor
 
     return {path: Change(place(change.read), place(change.write)) for path, change in changes.items()}
-
-
-def _views(block: Tensor, shapes: Iterable[torch.Size]) -> Iterable[Tensor]:
-    start = 0
-    for shape in shapes:
-        stop = start + math.prod(shape)
-        yield block[start:stop].view(shape)
-        start = stop

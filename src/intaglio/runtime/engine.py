@@ -1,4 +1,4 @@
-"""Generate for many requests at once, each with its own adapter or none: one thread over transformers' continuous batching."""
+"""An engine that generates for many requests at once, each with its own adapter or none: one thread over continuous batching."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST = 8192  # default context, for models whose own is longer
 
 @final
 class Engine:
-    """Serves requests of many adapters from one base.
+    """An engine that serves requests of many adapters from one base.
 
     The requests of a step run as one batch. Each has its own sampling, and an error of one ends that one only. What breaks
     the model itself ends the thread: every request gets an error, and `alive` is false from then on.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .changes import Adapter, Change, Layers
+from .changes import Adapter, Change, LinearLayers
 from .table import Table
 
 __all__ = ["Batch", "Mixer", "mix_plainly"]
@@ -27,7 +27,7 @@ _SHORT = 4  # rows of a segment up to which it goes with the others
 
 @final
 class Mixer:
-    """Runs a model with an adapter per row.
+    """Hooks through which a model runs with an adapter per row.
 
     Args:
         model: the base; its weights stay as they are. One thread at a time may run it.
@@ -39,8 +39,8 @@ class Mixer:
         ...     model.generate(**batch)
     """
 
-    def __init__(self, model: nn.Module, layers: Layers | None = None) -> None:
-        layers = layers or Layers(model)
+    def __init__(self, model: nn.Module, layers: LinearLayers | None = None) -> None:
+        layers = layers or LinearLayers(model)
         self._batch: Batch | None = None
         self._last: Batch | None = None
         self._tables: dict[int, Table] = {}
@@ -88,7 +88,10 @@ class Batch:
 
     def __init__(self, adapters: Sequence[Adapter | None], lengths: Sequence[int] | None, tables: dict[int, Table]) -> None:
         self._adapters, self._lengths = list(adapters), None if lengths is None else list(lengths)
-        self._tables = _placed(tables, {adapter.serial: adapter for adapter in adapters if adapter is not None})
+        self._tables = tables
+        distinct = {adapter.serial: adapter for adapter in adapters if adapter is not None}.values()
+        for width in {width for adapter in distinct for width in adapter.written}:
+            tables.setdefault(width, Table(width)).place([a for a in distinct if width in a.written])
         self._steps: dict[tuple[str, int], list[_Step]] = {}
 
     def is_of(self, adapters: Sequence[Adapter | None], lengths: Sequence[int] | None) -> bool:
@@ -134,7 +137,7 @@ class Batch:
 
 
 class _Step(ABC):
-    """One thing that a layer does for the adapters of a batch."""
+    """A step of what a layer does for the adapters of a batch."""
 
     @abstractmethod
     def run_(self, y_TO: Tensor, x_TI: Tensor) -> None:
@@ -238,13 +241,6 @@ def mix_plainly(y_TO: Tensor, x_TI: Tensor, path: str, adapters: Sequence[Adapte
         if adapter is not None and path in adapter.changes:
             adapter.changes[path].apply_(y_TO[row : row + 1], x_TI[row : row + 1])
     return y_TO
-
-
-def _placed(tables: dict[int, Table], adapters: dict[int, Adapter]) -> dict[int, Table]:
-    """Have the rows of all these adapters in the tables of their widths."""
-    for width in {width for adapter in adapters.values() for width in adapter.written}:
-        tables.setdefault(width, Table(width)).place([a for a in adapters.values() if width in a.written])
-    return tables
 
 
 def _counts(rows: _Rows, device: torch.device) -> Tensor:

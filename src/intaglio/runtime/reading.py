@@ -14,14 +14,14 @@ from ..adapter.delta import Delta
 from ..adapter.folder import PEFT_TYPE, WEIGHTS, read_config
 from ..adapter.names import LORA_KEY, lora_scale
 from ..export.from_lora import beyond
-from .changes import Adapter, Change, Layers, check_values, from_delta, one_hot
+from .changes import Adapter, Change, LinearLayers, check_values, from_delta, one_hot
 
 __all__ = ["read_adapter"]
 
 _PLAIN = re.compile(r"[\w.]+")
 
 
-def read_adapter(path: Path, layers: Layers) -> tuple[Adapter, str, str | None]:
+def read_adapter(path: Path, layers: LinearLayers) -> tuple[Adapter, str, str | None]:
     """Read and check a folder.
 
     Args:
@@ -44,7 +44,7 @@ def read_adapter(path: Path, layers: Layers) -> tuple[Adapter, str, str | None]:
     return _lora(path, config, layers), "lora", base if isinstance(base, str) else None
 
 
-def _lora(path: Path, config: dict[str, Any], layers: Layers) -> Adapter:
+def _lora(path: Path, config: dict[str, Any], layers: LinearLayers) -> Adapter:
     """A stock LoRA. It holds no fingerprint of its base: only shapes can be checked."""
     if problem := beyond(config):
         raise ValueError(f"{path}: uses {problem}; serve it merged, or retrain it without")
@@ -66,7 +66,7 @@ def _lora(path: Path, config: dict[str, Any], layers: Layers) -> Adapter:
     return Adapter({name: change for name, change in changes.items() if change.channels})
 
 
-def _change(path: str, pair: dict[str, Tensor], config: dict[str, Any], layers: Layers) -> Change:
+def _change(path: str, pair: dict[str, Tensor], config: dict[str, Any], layers: LinearLayers) -> Change:
     layers.of(f"{path}.weight")
     inputs, outputs = layers.sizes(path)
     a, b = pair.get("A"), pair.get("B")

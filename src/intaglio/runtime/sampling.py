@@ -1,4 +1,4 @@
-"""How one request's next token is chosen."""
+"""The choice of a request's next token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIKELY = 1024  # candidates that are looked at first: sorting a whole vocabular
 @final
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks of the choice of its tokens.
+    """Settings by which a request's tokens are chosen.
 
     Args:
         max_tokens: most tokens to generate, at least 1.
@@ -50,7 +50,7 @@ class Sampling:
 
 @final
 class Sampler:
-    """Draws the tokens of one request, with a random state of its own.
+    """The source of one request's tokens, with a random state of its own.
 
     Args:
         sampling: what the request asked for.

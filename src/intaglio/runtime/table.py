@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from torch import Tensor
 
 from .changes import Adapter
 
@@ -36,17 +35,13 @@ class Table:
         wanted = {adapter.serial for adapter in adapters}
         for adapter in adapters:
             if adapter.serial in self.starts:
-                self._touch(adapter.serial)
+                self.starts[adapter.serial] = self.starts.pop(adapter.serial)  # the last to give way
                 continue
             start = self._room(adapter.written[self.rows.shape[1]], wanted)
             if start is None:
                 self._rebuild(adapters)
                 return
             self._write(adapter, start)
-
-    def _touch(self, serial: int) -> None:
-        """Make it the last to give way."""
-        self.starts[serial], self._sizes[serial] = self.starts.pop(serial), self._sizes.pop(serial)
 
     def _room(self, size: int, wanted: set[int]) -> int | None:
         """The start of a gap of `size` rows, after those that are not wanted have given way, the oldest first."""
@@ -69,11 +64,12 @@ class Table:
     def _rebuild(self, adapters: Sequence[Adapter]) -> None:
         """A larger table with these adapters alone."""
         width = self.rows.shape[1]
-        need, values = sum(adapter.written[width] for adapter in adapters), _values(adapters[0], width)
+        need = sum(adapter.written[width] for adapter in adapters)
+        like = next(c.write for p, c in adapters[0].changes.items() if p in adapters[0].offsets and c.write.shape[1] == width)
         room = self.rows.shape[0]
         room = room if need <= room else max(need, room * 3 // 2)
         self.rows = torch.empty(0, width)  # frees the old one first
-        self.rows = torch.empty(room, width, dtype=values.dtype, device=values.device)
+        self.rows = like.new_empty(room, width)
         self.starts, self._sizes, start = {}, {}, 0
         for adapter in adapters:
             self._write(adapter, start)
@@ -86,7 +82,3 @@ class Table:
             if change.write.shape[1] == width:
                 self.rows[start + offset : start + offset + change.channels] = change.write
         self.starts[adapter.serial], self._sizes[adapter.serial] = start, adapter.written[width]
-
-
-def _values(adapter: Adapter, width: int) -> Tensor:
-    return next(c.write for p, c in adapter.changes.items() if p in adapter.offsets and c.write.shape[1] == width)
