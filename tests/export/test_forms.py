@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,3 +90,8 @@ def test_rows_agree_with_options():
     assert help_of("fill_layers").startswith("lora: zeros for every layer")
     with pytest.raises(ValueError, match=r"rank='2': has no effect.*only with approximate-lora; dtype='int8': known are float32"):
         form_of("lora", Options(rank=2, dtype="int8"))
+
+
+def test_the_page_lists_the_forms():
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text()
+    assert re.findall(r"^\| `(\w[\w-]*)` \|", page, flags=re.MULTILINE)[: len(FORMS)] == list(FORMS)

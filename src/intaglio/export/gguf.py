@@ -16,7 +16,7 @@ from ..model.structure import is_transposed
 from .figures import exact
 from .forms import Options
 from .lora import factors, slices_of
-from .peft_folder import differences, linear_owners, refuse, write_marker
+from .peft_folder import differences, linear_owners, refuse_parameters, write_marker
 from .proof import InexactExport, compare, tuned_answer
 from .staging import staged
 
@@ -170,7 +170,7 @@ def _tensor_names(architecture: Architecture, paths: set[str], layers: int) -> d
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     known = gguf.get_tensor_name_map(kind, layers)
     found = {path: known.get_name(path) for path in sorted(paths)}
-    refuse(
+    refuse_parameters(
         [f"{p}: GGUF's {architecture.name} has no such weight" for p, n in found.items() if n is None], "GGUF", "use --to merged"
     )
     return {path: f"{name}.weight" for path, name in found.items()}

@@ -15,7 +15,7 @@ from ..core.selection import Selection, Slices
 from ..model.structure import is_transposed
 from .figures import exact, vllm
 from .forms import Options
-from .peft_folder import address, differences, export_peft, linear_owners, missed, refuse, target_modules
+from .peft_folder import address, differences, export_peft, linear_owners, missed, refuse_parameters, target_modules
 from .proof import InexactExport
 
 __all__ = ["RANKS", "factors", "lines", "lora_rank", "prepare", "slices_of", "to_lora"]
@@ -146,7 +146,7 @@ def slices_of(selection: Selection) -> dict[str, Slices]:
         "use --to supertuning (scattered entries of linear weights), --to approximate-lora (its loss measured) or --to merged"
     )
     advice = scattered if "elements" in kinds.values() else "use --to merged"
-    refuse(problems, "LoRA, which takes rows or columns of linear weights", advice)
+    refuse_parameters(problems, "LoRA, which takes rows or columns of linear weights", advice)
     return found
 
 

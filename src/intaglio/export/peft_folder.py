@@ -29,7 +29,7 @@ __all__ = [
     "linear_owners",
     "load_stock",
     "missed",
-    "refuse",
+    "refuse_parameters",
     "size_of",
     "target_modules",
     "write_card",
@@ -116,11 +116,11 @@ def linear_owners(delta: Delta, model: nn.Module, kind: str) -> dict[str, tuple[
         elif own != "weight" or not is_linear(module):
             problems.append(f"{name}: not the weight of a linear layer but {own!r} of {type(module).__name__}")
         found[name] = path, module
-    refuse(problems, kind, "use --to merged, which takes every adapter")
+    refuse_parameters(problems, kind, "use --to merged, which takes every adapter")
     return found
 
 
-def refuse(problems: list[str], kind: str, advice: str) -> None:
+def refuse_parameters(problems: list[str], kind: str, advice: str) -> None:
     """Raise one `ValueError` that names the first problem and counts the others; none, no error."""
     if problems:
         more = f" (and {len(problems) - 1} more parameters)" if len(problems) > 1 else ""

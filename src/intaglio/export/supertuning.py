@@ -14,7 +14,7 @@ from ..adapter.delta import Delta
 from ..adapter.names import PREFIX
 from ..core.selection import Entries
 from .figures import exact
-from .peft_folder import address, differences, export_peft, linear_owners, refuse, target_modules
+from .peft_folder import address, differences, export_peft, linear_owners, refuse_parameters, target_modules
 
 __all__ = ["lines", "to_supertuning"]
 
@@ -54,7 +54,7 @@ def to_supertuning(
     """
     owners = linear_owners(delta, model, "SUPERTUNING")
     others = [n for n, (_, module) in owners.items() if not isinstance(module, nn.Linear)]
-    refuse([f"{n}: its layer is no nn.Linear" for n in others], "SUPERTUNING", "use --to merged")
+    refuse_parameters([f"{n}: its layer is no nn.Linear" for n in others], "SUPERTUNING", "use --to merged")
     sparsity = _sparsity(list(delta.selection.values()))
     targets = target_modules({path for path, _ in owners.values()}, model)
 
