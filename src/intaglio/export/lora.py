@@ -79,13 +79,11 @@ def to_lora(
     filled = _siblings({path for path, _ in owners.values()}, model) if fill_layers else {}
     ranks |= dict.fromkeys(filled, padded)
 
-    changes, tensors = {name: change.to(dtype) for name, change in differences(delta, model).items()}, {}
-    for name, (path, module) in owners.items():
-        tensors |= _named(path, factors(slices[name], changes[name], ranks[path], is_transposed(module)), dtype)
-    for path, (inputs, outputs) in filled.items():
-        tensors |= _named(path, (torch.zeros(padded, inputs), torch.zeros(outputs, padded)), dtype)
-    transposed = any(is_transposed(module) for _, module in owners.values())
-    config = _config(delta, model, ranks, transposed)
+    changes = {name: change.to(dtype) for name, change in differences(delta, model).items()}
+    pairs = {path: factors(slices[n], changes[n], ranks[path], is_transposed(m)) for n, (path, m) in owners.items()}
+    pairs |= {path: (torch.zeros(padded, i), torch.zeros(o, padded)) for path, (i, o) in filled.items()}
+    tensors = {lora_key(path, letter): t.to(dtype) for path, pair in pairs.items() for letter, t in zip("AB", pair, strict=True)}
+    config = _config(delta, model, ranks)
     figures = {"to": "lora", "rank": config.r, "max_lora_rank": padded, "modules": len(ranks), "filled": len(filled)}
     rounded, common = missed(delta, model, changes), {"tokenizer": tokenizer, "overwrite": overwrite}
     figures |= {
@@ -193,17 +191,13 @@ def _siblings(paths: set[str], model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _named(path: str, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A module's factors as PEFT names them."""
-    return {lora_key(path, letter): t.to(dtype) for letter, t in zip("AB", pair, strict=True)}
-
-
-def _config(delta: Delta, model: Any, ranks: Mapping[str, int], transposed: bool) -> Any:
+def _config(delta: Delta, model: Any, ranks: Mapping[str, int]) -> Any:
     """PEFT's config for modules of these ranks, each with a scale of 1."""
     from peft import LoraConfig
 
     rank = max(ranks.values())
     pattern = {path: own for path, own in ranks.items() if own != rank}
+    transposed = any(is_transposed(model.get_submodule(path)) for path in ranks)
     config = LoraConfig(
         r=rank, lora_alpha=rank, rank_pattern=dict(pattern), alpha_pattern=dict(pattern), fan_in_fan_out=transposed
     )
