@@ -115,7 +115,7 @@ def _write_in_base_order(module: Any, delta: Any, model: Any, path: Path) -> Non
     pairs = {}
     for name, change in changes.items():
         rank = delta.selection[name].index.numel()
-        pairs[names[name.removesuffix(".weight")]] = factors(delta, name, change, rank, False)
+        pairs[names[name.removesuffix(".weight")]] = factors(delta.selection[name], change, rank, False)
     module._write(path, architecture, pairs, torch.float32, None)
 
 

@@ -472,8 +472,8 @@ def test_export_command(place, tmp_path, to):
 
 MISTAKES = {
     "no base": (["adapter", "--to", "lora"], "names no base model (it was a local folder); give --base"),
-    "form": (["run", "--to", "onnx"], "to='onnx': give one of lora, gguf, merged"),
-    "dtype": (["run", "--to", "lora", "--dtype", "int8"], "dtype='int8': give one of float32"),
+    "form": (["run", "--to", "onnx"], "to='onnx': known are lora, gguf, merged"),
+    "dtype": (["run", "--to", "lora", "--dtype", "int8"], "dtype='int8': known are float32"),
     "dtype without effect": (["run", "--to", "merged", "--dtype", "float32"], "has no effect with --to merged"),
     "not an adapter": (["base", "--to", "lora"], "not an"),
     "missing base": (["adapter", "--to", "lora", "--base", "nobody/nothing"], "'nobody/nothing'"),

@@ -340,7 +340,7 @@ BAD_LORAS = {
     "uses use_dora": lambda f: edit_config(f, use_dora=True),
     "uses bias": lambda f: edit_config(f, bias="all"),
     "without regular expressions": lambda f: edit_config(f, alpha_pattern={"(a+)+$": 1}),
-    "lora_alpha None is no number": lambda f: edit_config(f, lora_alpha=None),
+    "lora_alpha=None: give a finite number": lambda f: edit_config(f, lora_alpha=None),
     "expected, found": lambda f: edit_tensors(f, lambda key, t: t[:, :-1]),
     "holds nan": lambda f: edit_tensors(f, lambda key, t: t * float("nan")),
     "not safetensors": lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 100),

@@ -7,37 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+from ..export.forms import FORMS, help_of
 from .app import Debug, Json, app, finish, guarded
 
 
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="adapter folder, or the folder of a finished run", metavar="ADAPTER")],
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            help="lora (PEFT, vLLM …), gguf (llama.cpp), merged (a plain model), supertuning (PEFT's sparse), "
-            "approximate-lora (any adapter, with a measured loss), or delta (a LoRA folder back into an adapter)",
-        ),
-    ],
+    to: Annotated[str, typer.Option("--to", help=", ".join(f"{form.name} ({form.help})" for form in FORMS.values()))],
     output: Annotated[Path, typer.Option("--output", help="the new folder")],
     base: Annotated[str | None, typer.Option(help="base model; default the one the adapter or run names")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="of LoRA's factors: float32 (default), bfloat16 or float16; with delta, the base's (default its own)"),
-    ] = None,
-    ragged: Annotated[bool, typer.Option("--ragged", help="lora: each module its own rank, for PEFT and vLLM")] = False,
-    fill_layers: Annotated[
-        bool, typer.Option("--fill-layers", help="lora: zeros for every layer of each projection, for LoRAX and TGI")
-    ] = False,
-    rank: Annotated[int | None, typer.Option(help="approximate-lora: rank of every module")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="approximate-lora: file with a text per line, on which the loss is measured")
-    ] = None,
-    max_loss: Annotated[
-        float | None, typer.Option(help="approximate-lora: share of the adapter's effect that may be lost (default 0.01)")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=help_of("dtype"))] = None,
+    ragged: Annotated[bool, typer.Option("--ragged", help=help_of("ragged"))] = False,
+    fill_layers: Annotated[bool, typer.Option("--fill-layers", help=help_of("fill_layers"))] = False,
+    rank: Annotated[int | None, typer.Option(help=help_of("rank"))] = None,
+    text: Annotated[Path | None, typer.Option(help=help_of("text"))] = None,
+    max_loss: Annotated[float | None, typer.Option(help=help_of("max_loss"))] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export in the output folder")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -58,7 +43,8 @@ def export(
         options = {"dtype": dtype, "ragged": ragged, "fill_layers": fill_layers, "rank": rank, "text": text, "max_loss": max_loss}
         return run(adapter, to, output, base=base, overwrite=overwrite, **options)
 
-    finish(guarded(work, debug), as_json, "export")
+    result = guarded(work, debug)
+    finish(result, as_json, FORMS[to].table)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,8 +59,8 @@ def guarded(work: Callable[[], dict[str, Any]], debug: bool) -> dict[str, Any]:
         raise typer.Exit(130) from None
 
 
-def finish(result: dict[str, Any], as_json: bool, kind: str) -> None:
-    """Print a command's result: a table of its kind, or JSON."""
+def finish(result: dict[str, Any], as_json: bool, kind: str | Callable[[dict[str, Any]], Iterator[tuple[str, str]]]) -> None:
+    """Print a command's result: a table of its kind, or of the rows that a function makes of it, or JSON."""
     if as_json:
         json.dump(result, sys.stdout, indent=1, default=str)
         sys.stdout.write("\n")

@@ -14,8 +14,8 @@ from ..adapter.folder import PEFT_TYPE, WEIGHTS, read_config
 from ..adapter.names import LORA_KEY, check_name
 from ..core.entries import Slices
 from ..core.files import read_mapping
-from ..export.from_lora import check_config
 from ..export.gguf import FILE, read_gguf
+from ..export.lora_folder import check_config
 from ..export.staging import MARKER
 from ..runs.folder import adapter_of
 

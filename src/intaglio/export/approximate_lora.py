@@ -1,4 +1,4 @@
-"""Export scattered entries to LoRA by PEFT's own singular value decomposition: not exact, and therefore measured."""
+"""A LoRA of scattered entries, by PEFT's own singular value decomposition: not exact, and therefore measured."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from torch import Tensor
 
 from ..adapter.delta import Delta
 from ..adapter.folder import WEIGHTS
-from ..adapter.names import PREFIX
+from ..adapter.names import PREFIX, lora_key
+from ..method_kinds.fields import refuse
 from ..model.structure import is_transposed
+from .figures import size, vllm
+from .forms import Options
 from .lora import RANKS
-from .peft_folder import linear_owners, load_stock, target_modules, write_card, write_marker
+from .peft_folder import address, linear_owners, load_stock, target_modules, write_card, write_marker
 from .proof import InexactExport
 from .staging import staged
 
-__all__ = ["LIMIT", "REPORT", "check_rank", "to_approximate_lora"]
+__all__ = ["LIMIT", "REPORT", "check_rank", "lines", "prepare", "to_approximate_lora"]
 
 REPORT = "approximation.json"
 LIMIT = 0.01  # of the adapter's own effect; see the docstring
@@ -82,10 +85,9 @@ def to_approximate_lora(
     check_rank(delta, rank)
     rows = _tokens(texts, tokenizer)
     sparse, config, tensors = _convert(delta, model, rank)
-    config.target_modules = targets = target_modules({path for path, _ in owners.values()}, model)
-    config.base_model_name_or_path, config.inference_mode = delta.base, True
-    config.fan_in_fan_out = any(is_transposed(module) for _, module in owners.values())
-    config.task_type, config.exclude_modules = ("CAUSAL_LM" if model.can_generate() else None), None
+    targets = target_modules({path for path, _ in owners.values()}, model)
+    address(config, delta, model, targets)
+    config.fan_in_fan_out, config.exclude_modules = any(is_transposed(module) for _, module in owners.values()), None
     errors = _errors(sparse, tensors)
     with staged(directory, overwrite=overwrite) as folder:
         safetensors.torch.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
@@ -100,6 +102,34 @@ def to_approximate_lora(
         return write_marker(folder, directory, delta, {**figures, **report})
 
 
+def prepare(delta: Delta, options: Options) -> dict[str, Any]:
+    """The arguments of `to_approximate_lora`; refuses missing options, a rank that cannot be, and a file without text."""
+    problems, limit = [], LIMIT if options.max_loss is None else options.max_loss
+    if options.rank is None or options.text is None:
+        problems.append(
+            "give --rank, and --text with a file of the kind of text the adapter is for, a text per line: what is lost is "
+            "measured on it"
+        )
+    if not limit > 0:
+        problems.append(f"max_loss={limit}: give a share above 0 of what the adapter does, e.g. {LIMIT}")
+    refuse("--to approximate-lora", problems)
+    assert options.rank is not None  # refused above
+    assert options.text is not None
+    check_rank(delta, options.rank)
+    return {"rank": options.rank, "texts": _lines_of(options.text), "max_loss": limit}
+
+
+def lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the command shows of the figures."""
+    yield "LoRA", f"rank {figures['rank']} in {figures['modules']} modules"
+    yield from size(figures)
+    yield "NOT EXACT", f"{figures['loss']:.3%} of what the adapter does is lost (allowed: {figures['max_loss']:.1%})"
+    kl = f"KL {figures['kl']:.1e} of {figures['kl_of_adapter']:.1e} nats per token, over {figures['text_tokens']:,} tokens"
+    yield "measured", f"{kl}; the same best token at {figures['same_token']:.1%}"
+    yield "singular values", f"{figures['frobenius']:.1%} of ‖tuned − base‖ is lost; by module in {REPORT}"
+    yield from vllm(figures)
+
+
 def check_rank(delta: Delta, rank: int) -> None:
     """Refuse a rank that some module, or vLLM, cannot have.
 
@@ -110,6 +140,17 @@ def check_rank(delta: Delta, rank: int) -> None:
     most = min(RANKS[-1], *delta.selection[smallest].shape)
     if not 1 <= rank <= most:
         raise ValueError(f"rank={rank}: give 1 to {most}, the most that {smallest} and vLLM ({RANKS[-1]}) can have")
+
+
+def _lines_of(path: Path) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text={str(path)!r}: cannot be read as UTF-8 text ({error})") from error
+    if not any(lines):
+        raise ValueError(f"text={str(path)!r}: holds no text; give a text per line")
+    return [line for line in lines if line]
 
 
 def _tokens(texts: Sequence[str], tokenizer: Any) -> list[Tensor]:
@@ -142,16 +183,16 @@ def _errors(sparse: Any, tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """Module path → ‖D − BA‖ / ‖D‖; the whole under the empty path."""
     from ..peft_tuners.delta_layer import DeltaLayer
 
-    found, lost, total = {}, 0.0, 0.0
+    squares = {}
     for path, layer in sparse.named_modules():
         if isinstance(layer, DeltaLayer):
+            path = path.removeprefix(PREFIX)
             change = layer.get_delta_weight("default").double().cpu()
-            product = (tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]).double().cpu()
+            product = (tensors[lora_key(path, "B")] @ tensors[lora_key(path, "A")]).double().cpu()
             product = product.T if is_transposed(layer.base_layer) else product
-            own_lost, own = (change - product).square().sum().item(), change.square().sum().item()
-            found[path.removeprefix(PREFIX)] = (own_lost / own) ** 0.5 if own else 0.0
-            lost, total = lost + own_lost, total + own
-    return found | {"": (lost / total) ** 0.5 if total else 0.0}
+            squares[path] = (change - product).square().sum().item(), change.square().sum().item()
+    squares[""] = tuple(map(sum, zip(*squares.values(), strict=True)))
+    return {path: (lost / own) ** 0.5 if own else 0.0 for path, (lost, own) in squares.items()}
 
 
 @torch.no_grad()
@@ -165,7 +206,7 @@ def _measure(tuned: Any, lora: Any, rows: list[Tensor]) -> dict[str, Any]:
         expected, found = tuned(input_ids=row).logits[0], lora(input_ids=row).logits[0]
         with lora.disable_adapter():
             base = lora(input_ids=row).logits[0]
-        for p, q, b in _chunks(expected, found, base):
+        for p, q, b in zip(*(logits.split(_CHUNK) for logits in (expected, found, base)), strict=True):
             log_p = p.double().log_softmax(-1)
             kl += _kl(log_p, q)
             kl_base += _kl(log_p, b)
@@ -173,10 +214,6 @@ def _measure(tuned: Any, lora: Any, rows: list[Tensor]) -> dict[str, Any]:
         count += len(expected)
     figures = {"kl": kl / count, "kl_of_adapter": kl_base / count, "loss": kl / kl_base if kl_base else 0.0}
     return figures | {"same_token": same / count, "texts": len(rows), "text_tokens": count}
-
-
-def _chunks(*logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(_CHUNK) for tensor in logits), strict=True)
 
 
 def _kl(log_p: Tensor, logits: Tensor) -> float:

@@ -1,33 +1,32 @@
-"""The way back: a LoRA of which one factor only picks rows or columns is a sparse adapter, and becomes one again."""
+"""A LoRA of which one factor only picks rows or columns, turned back into the sparse adapter that it is."""
 
 from __future__ import annotations
 
-import copy
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ..adapter.delta import Delta
-from ..adapter.folder import WEIGHTS, read_config
-from ..adapter.names import LORA_KEY, changes_base, lora_key, lora_scale
+from ..adapter.folder import read_config
+from ..adapter.names import lora_scale
 from ..core.entries import Slices
 from ..core.files import read_mapping
 from ..core.fingerprint import fingerprint
 from ..core.selection import Selection
 from ..model.structure import is_transposed
+from .figures import exactness
+from .forms import DTYPES, Options
+from .lora_folder import beyond, check_config, read_factors, read_tensors
 from .peft_folder import EXACT, load_stock, size_of, write_marker
-from .proof import InexactExport, answer, applied, compare, prompts
+from .proof import InexactExport, compare, tuned_answer
 from .staging import MARKER, staged
 
-__all__ = ["Picks", "StockLora", "beyond", "check_config", "picks", "read_lora", "to_delta"]
+__all__ = ["Picks", "StockLora", "base_dtype", "lines", "picks", "prepare", "read_lora", "to_delta"]
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,28 @@ def read_lora(folder: str | os.PathLike[str]) -> StockLora:
     check_config(path, config)
     marker = path / MARKER
     exported = read_mapping(marker) if marker.is_file() else {}
-    exact = _tensors(path / EXACT) if exported and (path / EXACT).is_file() else {}
-    return StockLora(config, _modules(path), exported, exact, path)
+    exact = read_tensors(path / EXACT) if exported and (path / EXACT).is_file() else {}
+    return StockLora(config, read_factors(path), exported, exact, path)
+
+
+def prepare(lora: StockLora, options: Options) -> dict[str, Any]:
+    """No arguments of `to_delta`; refuses a LoRA that is not one-hot."""
+    for module in lora.modules:
+        picks(lora, module)
+    return {}
+
+
+def base_dtype(lora: StockLora, options: Options) -> torch.dtype | None:
+    """The type to load the base in: the one asked for, else the one that our export notes; None for its own."""
+    name = options.dtype or lora.exported.get("base_dtype")
+    return getattr(torch, name) if name in DTYPES else None
+
+
+def lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the command shows of the figures."""
+    yield "adapter", f"{figures['entries']:,} values in {figures['modules']} parameters"
+    yield "size", f"{figures['compact_bytes'] / 1e6:.2f} MB (the LoRA: {figures['source_bytes'] / 1e6:.2f} MB)"
+    yield from exactness(figures)
 
 
 def picks(lora: StockLora, path: str) -> Picks | None:
@@ -103,8 +122,8 @@ def picks(lora: StockLora, path: str) -> Picks | None:
         return None
     scale = lora.scale(path)
     for reads, hot_RN, other_RM in ((True, a_RI, b_OR.T), (False, b_OR.T, a_RI)):
-        used, index = _one_hot(hot_RN)
-        if used is not None and index is not None:
+        if (found := _one_hot(hot_RN)) is not None:
+            used, index = found
             order = index.argsort()
             change = other_RM[used][order] * scale
             return Picks(reads, index[order], change.T if reads else change)
@@ -143,12 +162,9 @@ def to_delta(
     delta = _delta(lora, model)
     with staged(directory, overwrite=overwrite) as folder:
         delta.save(folder)
-        work = copy.deepcopy(model).eval()
-        with applied(Delta.load(folder), work):
-            work.float()
-            reference = answer(work, prompts(work, tokenizer))
+        base, reference = tuned_answer(Delta.load(folder), model, tokenizer)
         try:
-            check = compare(reference, load_stock(work, lora.path).get_base_model())
+            check = compare(reference, load_stock(base, lora.path).get_base_model())
         except InexactExport as error:
             raise InexactExport(f"{error}; the change does not fit {model.dtype}, try --dtype float32") from error
         figures = {"to": "delta", "entries": delta.selection.size, "modules": len(delta.selection)}
@@ -156,85 +172,22 @@ def to_delta(
         return write_marker(folder, directory, delta, figures)
 
 
-def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse the config of a LoRA whose rank, scale, patterns or base's name cannot be read.
-
-    Raises:
-        ValueError: naming the folder and the field.
-    """
-    r, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"{folder}: damaged: r={r!r} in its config is no rank")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(f"{folder}: damaged: lora_alpha={alpha!r} in its config is no number")
-    if base is not None and not isinstance(base, str):
-        raise ValueError(f"{folder}: damaged: base_model_name_or_path={base!r} in its config is no name")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in config.get(key) or {}:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{folder}: damaged: {key} holds {pattern!r}, no regular expression ({error})") from error
-
-
-def beyond(config: Mapping[str, Any]) -> str | None:
-    """What a LoRA has beyond two factors and a scale; None where nothing."""
-    names = (
-        "use_dora",
-        "lora_bias",
-        "modules_to_save",
-        "layer_replication",
-        "trainable_token_indices",
-        "alora_invocation_tokens",
-    )
-    for name in (*names, "use_qalora", "use_bdlora", "target_parameters"):
-        if config.get(name):
-            return f"{name}={config[name]!r}"
-    if config.get("bias", "none") != "none":
-        return f"bias={config['bias']!r}"
-    start = changes_base(config)
-    return f"init_lora_weights={start!r}" if start else None
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: missing or damaged ({error})") from error
-
-
-def _modules(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    tensors = _tensors(folder / WEIGHTS)
-    paths = [found["path"] for key in tensors if (found := LORA_KEY.fullmatch(key)) and found["letter"] == "A"]
-    keys = {lora_key(path, letter) for path in paths for letter in "AB"}
-    if not paths or keys != tensors.keys():
-        odd = next(iter(sorted(keys ^ tensors.keys())), "nothing")
-        raise ValueError(f"{folder / WEIGHTS}: not pairs of lora_A and lora_B of linear modules: {odd}")
-    found = {path: (tensors[lora_key(path, "A")], tensors[lora_key(path, "B")]) for path in paths}
-    for path, (a_RI, b_OR) in found.items():
-        if a_RI.dim() != 2 or b_OR.dim() != 2 or a_RI.shape[0] != b_OR.shape[1]:
-            raise ValueError(f"{folder / WEIGHTS}: {path}: factors of shapes {list(a_RI.shape)} and {list(b_OR.shape)}")
-    return found
-
-
-def _one_hot(hot_RN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _one_hot(hot_RN: Tensor) -> tuple[Tensor, Tensor] | None:
     """(used ranks as a mask `[r]`, the position each picks `[used]`); None where the factor is not one-hot."""
     ones = hot_RN != 0
     used, index = ones.any(1), ones.int().argmax(1)
     picked = index[used]
     regular = bool((ones.sum(1) <= 1).all()) and bool((hot_RN[ones] == 1).all())
-    return (used, picked) if regular and 0 < picked.numel() == picked.unique().numel() else (None, None)
+    return (used, picked) if regular and 0 < picked.numel() == picked.unique().numel() else None
 
 
 def _delta(lora: StockLora, model: Any) -> Delta:
     """The adapter of a LoRA on this base."""
-    parameters, selection, values, prints = dict(model.named_parameters()), {}, {}, {}
-    for path in (name.removesuffix(".weight") for name in _in_order(lora, parameters)):
-        picked = picks(lora, path)
+    selection, values, prints = {}, {}, {}
+    for path, weight in _weights(lora, model).items():
+        picked, transposed = picks(lora, path), is_transposed(model.get_submodule(path))
         if picked is None:
             continue
-        transposed = is_transposed(model.get_submodule(path))
-        weight = _weight(parameters[f"{path}.weight"], path, lora, transposed)
         entries = Slices(tuple(weight.shape), int(picked.reads != transposed), picked.index)
         base = entries.to(weight.device).gather(weight).cpu()
         name, change = f"{path}.weight", picked.change.T if transposed else picked.change
@@ -242,8 +195,23 @@ def _delta(lora: StockLora, model: Any) -> Delta:
         selection[name], values[name], prints[name] = entries, tuned, fingerprint(base)
     if not selection:
         raise ValueError(f"{lora.path}: changes nothing: all its factors are zero")
-    method, total = lora.exported.get("method"), sum(parameter.numel() for parameter in parameters.values())
+    method, total = lora.exported.get("method"), sum(parameter.numel() for parameter in model.parameters())
     return Delta(Selection(selection), values, prints, method if isinstance(method, dict) else {}, lora.base, total)
+
+
+def _weights(lora: StockLora, model: Any) -> dict[str, nn.Parameter]:
+    """Module path → the base's weight, which the factors must fit, in the base's order."""
+    names = {f"{path}.weight": path for path in lora.modules}
+    found = {names[name]: weight for name, weight in model.named_parameters() if name in names}
+    if missing := sorted(lora.modules.keys() - found.keys()):
+        raise ValueError(f"{missing[0]}.weight: the base has no such parameter; this LoRA's base is {lora.base!r}")
+    for path, weight in found.items():
+        a_RI, b_OR = lora.modules[path]
+        fitting = (b_OR.shape[0], a_RI.shape[1])
+        shape = tuple(weight.shape[::-1] if is_transposed(model.get_submodule(path)) else weight.shape)
+        if shape != fitting:
+            raise ValueError(f"{path}: the LoRA fits a weight of shape {list(fitting)}, the base has {list(shape)}: another base")
+    return found
 
 
 def _corrected(lora: StockLora, name: str, values: Tensor, change: Tensor) -> Tensor:
@@ -253,27 +221,11 @@ def _corrected(lora: StockLora, name: str, values: Tensor, change: Tensor) -> Te
         return values
     corrected = values.clone().flatten()
     near = change.abs().flatten() * 2**-7 + values.float().abs().flatten() * 2**-7
-    known = index.dtype == torch.int64 and index.shape == exact.shape and 0 <= int(index.min()) <= int(index.max()) < near.numel()
+    inside = bool(((index >= 0) & (index < near.numel())).all())
+    known = index.dtype == torch.int64 and index.shape == exact.shape and inside
     if not known or not bool(((exact - corrected[index]).float().abs() <= near[index]).all()):
         raise ValueError(
             f"{lora.path / EXACT}: {name}: damaged, or of another adapter; without this file values may miss a last bit"
         )
     corrected[index] = exact
     return corrected.view_as(values)
-
-
-def _in_order(lora: StockLora, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Names of the weights of a LoRA's modules, in the base's order."""
-    names = {f"{path}.weight" for path in lora.modules}
-    if missing := sorted(names - parameters.keys()):
-        raise ValueError(f"{missing[0]}: the base has no such parameter; this LoRA's base is {lora.base!r}")
-    return [name for name in parameters if name in names]
-
-
-def _weight(weight: nn.Parameter, path: str, lora: StockLora, transposed: bool) -> nn.Parameter:
-    """The base's weight, which the factors must fit."""
-    a_RI, b_OR = lora.modules[path]
-    expected, stored = (b_OR.shape[0], a_RI.shape[1]), tuple(weight.shape[::-1] if transposed else weight.shape)
-    if stored != expected:
-        raise ValueError(f"{path}: the LoRA fits a weight of shape {list(expected)}, the base has {list(stored)}: another base")
-    return weight

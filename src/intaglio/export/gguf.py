@@ -1,8 +1,7 @@
-"""Export to a GGUF LoRA, which llama.cpp and the programs built on it load."""
+"""The LoRA that an adapter is, as a GGUF file, which llama.cpp and the programs built on it load."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,21 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.delta import Delta
-from ..core.entries import Slices
 from ..model.structure import is_transposed
-from .lora import factors, refuse_unsliced
-from .peft_folder import differences, linear_owners, refuse, write_marker
-from .proof import InexactExport, answer, applied, compare, prompts
+from .figures import exact
+from .forms import Options
+from .lora import factors, slices_of
+from .peft_folder import differences, linear_owners, refuse_parameters, write_marker
+from .proof import InexactExport, compare, tuned_answer
 from .staging import staged
 
-__all__ = ["ARCHITECTURES", "FILE", "Architecture", "architecture_of", "read_gguf", "to_gguf"]
+__all__ = ["ARCHITECTURES", "FILE", "Architecture", "architecture_of", "lines", "prepare", "read_gguf", "to_gguf"]
 
 FILE = "adapter.gguf"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp stores a model type.
+    """The way in which llama.cpp stores a model type.
 
     Attributes:
         name: GGUF's `general.architecture`.
@@ -86,24 +86,34 @@ def to_gguf(
 
     Source: llama.cpp's `convert_lora_to_gguf.py` for names and order of rows.
     """
-    refuse_unsliced(delta.selection)
+    slices = slices_of(delta.selection)
     architecture = architecture_of(model.config)
     owners = linear_owners(delta, model, "GGUF")
     names = _tensor_names(architecture, {path for path, _ in owners.values()}, model.config.num_hidden_layers)
-    changes, pairs, rank = differences(delta, model), {}, 0
+    changes, pairs, ranks = differences(delta, model), {}, {name: entries.index.numel() for name, entries in slices.items()}
     for name, (path, module) in owners.items():
-        entries = delta.selection[name]
-        assert isinstance(entries, Slices)  # refuse_unsliced has refused all else
-        rank = max(rank, entries.index.numel())
-        a_RI, b_OR = factors(delta, name, changes[name], entries.index.numel(), is_transposed(module))
+        a_RI, b_OR = factors(slices[name], changes[name], ranks[name], is_transposed(module))
         pairs[names[path]] = a_RI, b_OR[_order(architecture, path, model.config, len(b_OR))]
     with staged(directory, overwrite=overwrite) as folder:
         _write(folder / FILE, architecture, pairs, dtype, delta.base)
         found = _restored(folder / FILE, architecture, {names[path]: path for path, _ in owners.values()}, model.config)
         check = _check(delta, model, changes, owners, found, tokenizer)
         (folder / "README.md").write_text(_CARD.format(base=delta.base or "BASE", file=FILE), encoding="utf-8")
-        figures = {"to": "gguf", "file": FILE, "architecture": architecture.name, "rank": rank, "modules": len(owners)}
+        figures = {"to": "gguf", "file": FILE, "architecture": architecture.name}
+        figures |= {"rank": max(ranks.values()), "modules": len(owners)}
         return write_marker(folder, directory, delta, {**figures, **check})
+
+
+def prepare(delta: Delta, options: Options) -> dict[str, Any]:
+    """The arguments of `to_gguf`; refuses what no LoRA holds."""
+    slices_of(delta.selection)
+    return {"dtype": getattr(torch, options.dtype or "float32")}
+
+
+def lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the command shows of the figures."""
+    yield f"GGUF LoRA for {figures['architecture']}", f"rank {figures['rank']} in {figures['modules']} modules"
+    yield from exact(figures)
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -160,7 +170,7 @@ def _tensor_names(architecture: Architecture, paths: set[str], layers: int) -> d
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     known = gguf.get_tensor_name_map(kind, layers)
     found = {path: known.get_name(path) for path in sorted(paths)}
-    refuse(
+    refuse_parameters(
         [f"{p}: GGUF's {architecture.name} has no such weight" for p, n in found.items() if n is None], "GGUF", "use --to merged"
     )
     return {path: f"{name}.weight" for path, name in found.items()}
@@ -220,11 +230,10 @@ def _check(
     tokenizer: Any,
 ) -> dict[str, Any]:
     """Compare the product of the factors with the change, entry by entry, then the models."""
-    work = copy.deepcopy(model).eval()
-    with applied(delta, work):  # checks every fingerprint first
-        work.float()
-        reference = answer(work, prompts(work, tokenizer))
-    for name, product in _products(owners, found):
+    base, reference = tuned_answer(delta, model, tokenizer)
+    for name, (path, module) in owners.items():
+        a_RI, b_OR = found[path]
+        product = (b_OR @ a_RI).T if is_transposed(module) else b_OR @ a_RI
         expected = torch.zeros(delta.selection[name].shape)
         delta.selection[name].scatter_(expected, changes[name])
         difference = (product - expected).abs().max().item()
@@ -232,18 +241,9 @@ def _check(
             raise InexactExport(
                 f"the export is not exact: {name} differs by {difference:.1e} in the file; factors in float32 do not round"
             )
-        weight = work.get_parameter(name)
+        weight = base.get_parameter(name)
         weight.data += product.to(weight.device)
-    return compare(reference, work)
-
-
-def _products(
-    owners: Mapping[str, tuple[str, nn.Module]], found: Mapping[str, tuple[Tensor, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Parameter name → B·A, stored as the parameter is."""
-    for name, (path, module) in owners.items():
-        a_RI, b_OR = found[path]
-        yield name, (b_OR @ a_RI).T if is_transposed(module) else b_OR @ a_RI
+    return compare(reference, base)
 
 
 _CARD = """---

@@ -1,9 +1,9 @@
-"""Export to LoRA, exactly: one factor is the change itself, the other says with zeros and ones where it goes."""
+"""The LoRA that an adapter is, exactly: one factor is the change itself, the other says with zeros and ones where it goes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from ..adapter.names import RANKS, lora_key
 from ..core.entries import Slices
 from ..core.selection import Selection
 from ..model.structure import is_transposed
-from .peft_folder import differences, export_peft, linear_owners, missed, refuse, target_modules
+from .figures import exact, vllm
+from .forms import Options
+from .peft_folder import address, differences, export_peft, linear_owners, missed, refuse_parameters, target_modules
 from .proof import InexactExport
 
-__all__ = ["RANKS", "factors", "largest", "lora_rank", "refuse_both", "refuse_unsliced", "to_lora"]
+__all__ = ["RANKS", "factors", "lines", "lora_rank", "prepare", "slices_of", "to_lora"]
 
 
 def to_lora(
@@ -69,41 +71,45 @@ def to_lora(
 
     Source: arXiv 2412.06289 (S2FT), section 5.3 serves such adapters like LoRA.
     """
-    refuse_both(ragged, fill_layers)
-    padded = lora_rank(delta.selection)
+    _refuse_both(ragged, fill_layers)
+    slices, padded = slices_of(delta.selection), lora_rank(delta.selection)
     owners = linear_owners(delta, model, "LoRA")
-    ranks = {path: _count(delta, name) if ragged else padded for name, (path, _) in owners.items()}
+    ranks = {path: slices[name].index.numel() if ragged else padded for name, (path, _) in owners.items()}
     filled = _siblings({path for path, _ in owners.values()}, model) if fill_layers else {}
     ranks |= dict.fromkeys(filled, padded)
 
-    changes, tensors = {name: change.to(dtype) for name, change in differences(delta, model).items()}, {}
-    for name, (path, module) in owners.items():
-        tensors |= _named(path, factors(delta, name, changes[name], ranks[path], is_transposed(module)), dtype)
-    for path, (inputs, outputs) in filled.items():
-        tensors |= _named(path, (torch.zeros(padded, inputs), torch.zeros(outputs, padded)), dtype)
-    transposed = any(is_transposed(module) for _, module in owners.values())
-    config = _config(delta, model, ranks, transposed)
+    changes = {name: change.to(dtype) for name, change in differences(delta, model).items()}
+    pairs = {path: factors(slices[n], changes[n], ranks[path], is_transposed(m)) for n, (path, m) in owners.items()}
+    pairs |= {path: (torch.zeros(padded, i), torch.zeros(o, padded)) for path, (i, o) in filled.items()}
+    tensors = {lora_key(path, letter): t.to(dtype) for path, pair in pairs.items() for letter, t in zip("AB", pair, strict=True)}
+    config = _config(delta, model, ranks)
     figures = {"to": "lora", "rank": config.r, "max_lora_rank": padded, "modules": len(ranks), "filled": len(filled)}
-    exact, common = missed(delta, model, changes), {"tokenizer": tokenizer, "overwrite": overwrite}
-    figures |= {"targets": config.target_modules, "rounded": sum(t.numel() for key, t in exact.items() if key.endswith(".index"))}
+    rounded, common = missed(delta, model, changes), {"tokenizer": tokenizer, "overwrite": overwrite}
+    figures |= {
+        "targets": config.target_modules,
+        "rounded": sum(t.numel() for key, t in rounded.items() if key.endswith(".index")),
+    }
     try:
-        return export_peft(delta, model, directory, config, tensors, figures=figures, exact=exact, **common)
+        return export_peft(delta, model, directory, config, tensors, figures=figures, exact=rounded, **common)
     except InexactExport as error:
-        rounded = "" if dtype == torch.float32 else f"; factors in {dtype} round the change, float32 does not"
-        raise InexactExport(f"{error}{rounded}") from error
+        advice = "" if dtype == torch.float32 else f"; factors in {dtype} round the change, float32 does not"
+        raise InexactExport(f"{error}{advice}") from error
 
 
-def refuse_both(ragged: bool, fill_layers: bool) -> None:
-    """Refuse two layouts at once.
+def prepare(delta: Delta, options: Options) -> dict[str, Any]:
+    """The arguments of `to_lora`; refuses what no LoRA holds."""
+    lora_rank(delta.selection)
+    _refuse_both(options.ragged, options.fill_layers)
+    dtype = getattr(torch, options.dtype or "float32")
+    return {"dtype": dtype, "ragged": options.ragged, "fill_layers": options.fill_layers}
 
-    Raises:
-        ValueError: naming both.
-    """
-    if ragged and fill_layers:
-        raise ValueError(
-            "ragged and fill_layers: filled layers are for engines that stack all layers of one rank, which ragged ranks break; "
-            "give one of them"
-        )
+
+def lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the command shows of the figures."""
+    filled = f", {figures['filled']} of them zeros" if figures["filled"] else ""
+    yield "LoRA", f"rank {figures['rank']} in {figures['modules']} modules{filled}"
+    yield from exact(figures)
+    yield from vllm(figures)
 
 
 def lora_rank(selection: Selection) -> int:
@@ -112,52 +118,44 @@ def lora_rank(selection: Selection) -> int:
     Raises:
         ValueError: where a parameter is not made of slices of a matrix, or has more than 512.
     """
-    refuse_unsliced(selection)
-    widest, count = largest(selection)
-    fitting = [rank for rank in RANKS if rank >= count]
+    counts = {name: entries.index.numel() for name, entries in slices_of(selection).items()}
+    widest = max(counts, key=counts.__getitem__)
+    fitting = [rank for rank in RANKS if rank >= counts[widest]]
     if not fitting:
         raise ValueError(
-            f"cannot be exported as LoRA: {widest} has {count} chosen slices, which needs rank {count}; vLLM takes at most "
-            f"{RANKS[-1]}. Train fewer units of this projection (spread over more layers or projections), or use "
-            "--to approximate-lora or --to merged"
+            f"cannot be exported as LoRA: {widest} has {counts[widest]} chosen slices, its rank; vLLM takes at most {RANKS[-1]}. "
+            "Train fewer units of this projection (spread over more layers or projections), or use --to approximate-lora "
+            "or --to merged"
         )
     return fitting[0]
 
 
-def refuse_unsliced(selection: Selection) -> None:
-    """Refuse what no exact LoRA holds.
+def slices_of(selection: Selection) -> dict[str, Slices]:
+    """The slices of each matrix, which is all that an exact LoRA holds.
 
     Raises:
         ValueError: naming the first parameter that is not made of slices of a matrix.
     """
-    kinds = {n: e.kind for n, e in selection.items() if not isinstance(e, Slices) or len(e.shape) != 2}
+    found = {n: e for n, e in selection.items() if isinstance(e, Slices) and len(e.shape) == 2}
+    kinds = {n: e.kind for n, e in selection.items() if n not in found}
     problems = [f"{n}: holds {k} of a tensor of shape {list(selection[n].shape)}" for n, k in kinds.items()]
     scattered = (
         "use --to supertuning (scattered entries of linear weights), --to approximate-lora (its loss measured) or --to merged"
     )
     advice = scattered if "elements" in kinds.values() else "use --to merged"
-    refuse(problems, "LoRA, which takes rows or columns of linear weights", advice)
+    refuse_parameters(problems, "LoRA, which takes rows or columns of linear weights", advice)
+    return found
 
 
-def largest(selection: Selection) -> tuple[str, int]:
-    """The parameter with the most chosen slices, and how many."""
-    counts = {n: e.index.numel() for n, e in selection.items() if isinstance(e, Slices)}
-    widest = max(counts, key=counts.__getitem__)
-    return widest, counts[widest]
-
-
-def factors(delta: Delta, name: str, change: Tensor, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:
+def factors(entries: Slices, change: Tensor, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] of one weight, fp32, padded with zeros.
 
     Args:
-        delta: rows or columns of the weight.
-        name: of the parameter.
+        entries: rows or columns of the weight.
         change: tuned minus base, compact.
         rank: at least the number of slices.
         transposed: whether the weight is stored as [in, out].
     """
-    entries = delta.selection[name]
-    assert isinstance(entries, Slices)  # lora_rank has refused all else
     inputs, outputs = entries.shape if transposed else entries.shape[::-1]
     d_OI = change.T if transposed else change
     chosen = torch.arange(entries.index.numel())
@@ -171,10 +169,12 @@ def factors(delta: Delta, name: str, change: Tensor, rank: int, transposed: bool
     return a_RI, b_OR
 
 
-def _count(delta: Delta, name: str) -> int:
-    entries = delta.selection[name]
-    assert isinstance(entries, Slices)  # lora_rank has refused all else
-    return entries.index.numel()
+def _refuse_both(ragged: bool, fill_layers: bool) -> None:
+    if ragged and fill_layers:
+        raise ValueError(
+            "ragged and fill_layers: filled layers are for engines that stack all layers of one rank, which ragged ranks break; "
+            "give one of them"
+        )
 
 
 def _siblings(paths: set[str], model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -190,28 +190,14 @@ def _siblings(paths: set[str], model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _named(path: str, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A module's factors as PEFT names them."""
-    return {lora_key(path, letter): t.to(dtype) for letter, t in zip("AB", pair, strict=True)}
-
-
-def _config(delta: Delta, model: Any, ranks: Mapping[str, int], transposed: bool) -> Any:
+def _config(delta: Delta, model: Any, ranks: Mapping[str, int]) -> Any:
     """PEFT's config for modules of these ranks, each with a scale of 1."""
     from peft import LoraConfig
 
     rank = max(ranks.values())
     pattern = {path: own for path, own in ranks.items() if own != rank}
-    targets = target_modules(set(ranks), model)
+    transposed = any(is_transposed(model.get_submodule(path)) for path in ranks)
     config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=dict(pattern),
-        alpha_pattern=dict(pattern),
-        target_modules=targets,
-        fan_in_fan_out=transposed,
-        task_type="CAUSAL_LM" if model.can_generate() else None,
-        base_model_name_or_path=delta.base,
-        inference_mode=True,
+        r=rank, lora_alpha=rank, rank_pattern=dict(pattern), alpha_pattern=dict(pattern), fan_in_fan_out=transposed
     )
-    config.target_modules = targets  # LoraConfig makes a set of it, whose order on disk would be chance
-    return config
+    return address(config, delta, model, target_modules(set(ranks), model))

@@ -1,4 +1,4 @@
-"""Export to an ordinary model folder with the tuned values in it."""
+"""An ordinary model folder with an adapter's tuned values in it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Write a folder that stock PEFT loads, and prove it before it is put in place."""
+"""A folder that stock PEFT loads, proved before it is put in place; and what all exports ask of an adapter and its base."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import warnings
@@ -16,21 +15,21 @@ from torch import Tensor, nn
 from ..adapter.delta import Delta
 from ..adapter.folder import WEIGHTS
 from ..model.structure import is_linear
-from .proof import answer, applied, compare, prompts
-from .staging import MARKER, staged
+from .proof import compare, tuned_answer
+from .staging import mark, staged
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 __all__ = [
     "EXACT",
-    "compare_stock",
+    "address",
     "differences",
     "export_peft",
     "linear_owners",
     "load_stock",
     "missed",
-    "refuse",
+    "refuse_parameters",
     "size_of",
     "target_modules",
     "write_card",
@@ -74,23 +73,18 @@ def export_peft(
         if exact:
             safetensors.torch.save_file(dict(exact), folder / EXACT)
         config.save_pretrained(str(folder))
-        check = compare_stock(delta, model, folder, tokenizer)
+        base, reference = tuned_answer(delta, model, tokenizer)
+        check = compare(reference, load_stock(base, folder).get_base_model())
         write_card(folder, delta, figures["to"])
         return write_marker(folder, directory, delta, {**figures, **check})
 
 
-def compare_stock(delta: Delta, model: Any, folder: Path, tokenizer: Any = None) -> dict[str, Any]:
-    """Compare a PEFT folder, loaded by PEFT alone onto a copy of the base, with the tuned model in fp32.
-
-    Raises:
-        ValueError: for another base.
-        InexactExport: where they differ.
-    """
-    work = copy.deepcopy(model).eval()
-    with applied(delta, work):  # checks every fingerprint first
-        work.float()
-        reference = answer(work, prompts(work, tokenizer))
-    return compare(reference, load_stock(work, folder).get_base_model())
+def address(config: Any, delta: Delta, model: Any, targets: list[str]) -> Any:
+    """A PEFT config that names its base, what the base is for, and the modules that it changes."""
+    config.task_type = "CAUSAL_LM" if model.can_generate() else None
+    config.base_model_name_or_path, config.inference_mode = delta.base, True
+    config.target_modules = targets  # not given at the start, as PEFT makes a set of it, whose order on disk would be chance
+    return config
 
 
 def write_marker(folder: Path, directory: str | os.PathLike[str], delta: Delta, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +92,7 @@ def write_marker(folder: Path, directory: str | os.PathLike[str], delta: Delta, 
     dtype = str(next(iter(delta.values.values())).dtype).removeprefix("torch.")
     sizes = {"bytes": size_of(folder), "compact_bytes": delta.nbytes}
     result = {**figures, **sizes, "base_dtype": dtype, "method": delta.method}
-    (folder / MARKER).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    mark(folder, result)
     return {"path": str(directory), **result}
 
 
@@ -122,11 +116,11 @@ def linear_owners(delta: Delta, model: nn.Module, kind: str) -> dict[str, tuple[
         elif own != "weight" or not is_linear(module):
             problems.append(f"{name}: not the weight of a linear layer but {own!r} of {type(module).__name__}")
         found[name] = path, module
-    refuse(problems, kind, "use --to merged, which takes every adapter")
+    refuse_parameters(problems, kind, "use --to merged, which takes every adapter")
     return found
 
 
-def refuse(problems: list[str], kind: str, advice: str) -> None:
+def refuse_parameters(problems: list[str], kind: str, advice: str) -> None:
     """Raise one `ValueError` that names the first problem and counts the others; none, no error."""
     if problems:
         more = f" (and {len(problems) - 1} more parameters)" if len(problems) > 1 else ""

@@ -1,7 +1,8 @@
-"""Prove that an exported folder, read by the stock library alone, computes what the tuned model computes."""
+"""The proof that an exported folder, read by the stock library alone, computes what the tuned model computes."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..adapter.delta import Delta
 
-__all__ = ["Answer", "InexactExport", "answer", "applied", "compare", "prompts"]
+__all__ = ["Answer", "InexactExport", "answer", "applied", "compare", "prompts", "tuned_answer"]
 
 _LENGTH, _NEW, _DRAWN = 8, 16, 4  # tokens per prompt, tokens generated, prompts drawn at random
 _TEXTS = (
@@ -86,6 +87,19 @@ def answer(model: Any, tokens: Tensor) -> Answer:
     for _ in range(generated):
         tokens = torch.cat([tokens, _logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
     return Answer(tokens, _logits(model, tokens), generated)
+
+
+def tuned_answer(delta: Delta, model: Any, tokenizer: Any = None) -> tuple[Any, Answer]:
+    """A copy of the base in fp32, and what it answered to the prompts while the delta was applied.
+
+    Raises:
+        ValueError: as `Delta.apply_`, which checks every fingerprint first.
+    """
+    base = copy.deepcopy(model).eval()
+    with applied(delta, base):
+        base.float()
+        reference = answer(base, prompts(base, tokenizer))
+    return base, reference
 
 
 @torch.no_grad()

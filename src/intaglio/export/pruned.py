@@ -1,20 +1,18 @@
-"""Hand what IST has learned on: which layers a next LoRA takes, their ranks, and a LoRA without its unimportant layers.
+"""A LoRA without its unimportant layers, and what each layer is worth on held-out data.
 
-A record is what `layer_record.save` returns, and `layer_record.read` reads from a run's `layers.json`.
+A record is what `training.rotation_record.save` returns, and `read` there reads from a run's `layers.json`.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import math
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -25,78 +23,17 @@ from torch import Tensor, nn
 from ..adapter.folder import WEIGHTS, read_config
 from ..adapter.names import PREFIX, changes_base
 from ..core.probe import Probe, batch_on, label_count
+from ..method_kinds.fields import count
 from ..model import peft_layers as adapters
 from ..model.calibration import quiet
 from ..training.rotation_record import ranking
-from .staging import MARKER, staged
+from .lora_folder import read_tensors
+from .staging import mark, staged
 
-__all__ = ["TABLE", "check_prunable", "layers_to_transform", "losses", "prune", "rank_pattern"]
+__all__ = ["TABLE", "check_prunable", "losses", "most_important", "prune"]
 
 TABLE = "pruning.csv"
 _LORA = ".lora_"
-
-
-def layers_to_transform(record: Mapping[str, Any], k: int) -> list[int]:
-    """The numbers of the k most important layers, ascending, for `LoraConfig(layers_to_transform=…)`.
-
-    PEFT finds a layer's number behind the first two names of a path (`model.layers.3`). Where the stack is at the model's
-    root (`h.3`, in a bare GPT2Model) it needs `layers_pattern="h"` beside.
-
-    Args:
-        record: of a run with IST.
-        k: how many, from 1 to all.
-
-    Raises:
-        ValueError: for k out of range, a run that learned no importance, or layers that numbers do not tell apart.
-
-    Example:
-        >>> LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=layers_to_transform(record, 8))
-    """
-    layers = record["layers"]
-    stacks = sorted({path.rpartition(".")[0] for path in layers})
-    if len(stacks) > 1 or not all(path.rpartition(".")[2].isdigit() for path in layers):
-        raise ValueError(
-            f"layers_to_transform: PEFT goes by the number of a layer, which does not tell those of {', '.join(stacks[:2])} "
-            "apart; use rank_pattern, or prune"
-        )
-    return sorted(int(layers[place].rpartition(".")[2]) for place in _best(record, k))
-
-
-def rank_pattern(record: Mapping[str, Any], r: int, *, least: int = 1, most: int | None = None) -> dict[str, int]:
-    """Ranks in proportion to importance, for `LoraConfig(r=r, rank_pattern=…)`.
-
-    A layer's share is that of its weight in IST's draws, sigmoid(I_i) / Σ sigmoid(I). All ranks add up to r · layers exactly,
-    by largest remainders, so that parameters are as many as with r everywhere (where all layers are alike).
-
-    PEFT scales a layer by lora_alpha / rank. To leave the scale as it is with r everywhere, give
-    `alpha_pattern={key: lora_alpha * rank / r for key, rank in pattern.items()}`.
-
-    Args:
-        record: of a run with IST.
-        r: mean rank, at least 1.
-        least: smallest rank, from 1 to r; default 1.
-        most: greatest rank, at least r; default as large as the share asks for.
-
-    Returns:
-        A regular expression that PEFT matches with all modules of a layer, and no others → its rank; one per layer.
-
-    Raises:
-        ValueError: for ranks out of range, or a run that learned no importance.
-
-    Example:
-        >>> LoraConfig(r=8, rank_pattern=rank_pattern(record, 8))
-    """
-    wrong = [(name, value) for name, value in (("r", r), ("least", least)) if not _is_count(value)]
-    if wrong or (most is not None and not _is_count(most)):
-        name, value = wrong[0] if wrong else ("most", most)
-        raise ValueError(f"rank_pattern: {name}={value!r}: give a whole number of at least 1")
-    if least > r or (most is not None and most < r):
-        raise ValueError(f"rank_pattern: the mean r={r} cannot lie outside least={least} … most={most}")
-    ranking(record)  # refuses where nothing was learned
-    weights = torch.tensor(record["importance"], dtype=torch.float64).sigmoid().tolist()
-    ranks = _apportion(weights, r * len(weights), least, r * len(weights) if most is None else most)
-    # "^": PEFT would allow anything before it; the dot: layer 1 is not layer 10.
-    return {rf"^{re.escape(path)}(\..*)?": rank for path, rank in zip(record["layers"], ranks, strict=True)}
 
 
 def check_prunable(folder: Path, record: Mapping[str, Any], k: int) -> None:
@@ -105,7 +42,7 @@ def check_prunable(folder: Path, record: Mapping[str, Any], k: int) -> None:
     Raises:
         ValueError: as `prune`.
     """
-    _best(record, k)
+    most_important(record, k)
     config = read_config(folder)
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -159,9 +96,9 @@ def prune(
         raise ValueError("prune: the loss needs a model; give the PeftModel instead of a folder, or no probe")
     with _folder_of(adapter) as source:
         check_prunable(source, record, k)
-        tensors = _read(source)
-        kept, config = _confined(tensors, source, record, _best(record, k))
-        table = [] if probe is None else losses(_of(adapter), record, probe, counts)
+        tensors = read_tensors(source / WEIGHTS)
+        kept, config = _confined(tensors, source, record, most_important(record, k))
+        table = [] if probe is None else losses(cast(PeftModel, adapter), record, probe, counts)
         with staged(output, overwrite=overwrite) as folder:
             config.save_pretrained(str(folder))
             safetensors.torch.save_file(kept, folder / WEIGHTS, {"format": "pt"})
@@ -169,7 +106,7 @@ def prune(
                 shutil.copyfile(source / "README.md", folder / "README.md")
             result = {
                 "path": str(output),
-                "layers": [record["layers"][place] for place in sorted(_best(record, k))],
+                "layers": [record["layers"][place] for place in sorted(most_important(record, k))],
                 "total": len(record["layers"]),
                 "tensors": len(kept),
                 "entries": sum(tensor.numel() for tensor in kept.values()),
@@ -179,7 +116,7 @@ def prune(
             }
             if table:
                 _write_table(table, folder / TABLE)
-            (folder / MARKER).write_text(json.dumps({"form": "pruned", **result}, indent=1) + "\n", encoding="utf-8")
+            mark(folder, {"form": "pruned", **result})
     return result
 
 
@@ -201,10 +138,10 @@ def losses(
         ValueError: for k out of range, or a model that has no adapter in one of the layers.
     """
     total = len(record["layers"])
-    order = _best(record, total)
+    order = most_important(record, total)
     chosen = list(range(total, 0, -1) if counts is None else counts)
     for k in chosen:
-        _best(record, k)
+        most_important(record, k)
     places = [_adapters_in(model, path) for path in record["layers"]]
     device = next(model.parameters()).device
     table = []
@@ -217,36 +154,16 @@ def losses(
     return table
 
 
-def _best(record: Mapping[str, Any], k: int) -> list[int]:
-    """Places of the k most important layers, the most important first."""
+def most_important(record: Mapping[str, Any], k: int) -> list[int]:
+    """Places of the k most important layers in `record["layers"]`, the most important first.
+
+    Raises:
+        ValueError: for k out of range, or a run that learned no importance.
+    """
     order = ranking(record)
-    if not _is_count(k) or k > len(order):
+    if count("layers", k) or k > len(order):
         raise ValueError(f"layers={k!r}: give a whole number from 1 to {len(order)}, the layers of this run")
     return order[:k]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _apportion(weights: Sequence[float], total: int, least: int, most: int) -> list[int]:
-    """Whole numbers within bounds that add up to `total`, as near to proportional to `weights` as can be."""
-    fixed: dict[int, int] = {}
-    while True:
-        free = [i for i in range(len(weights)) if i not in fixed]
-        left, mass = total - sum(fixed.values()), math.fsum(weights[i] for i in free)
-        quota = {i: left * weights[i] / mass for i in free}
-        below, above = {i for i in free if quota[i] < least}, {i for i in free if quota[i] > most}
-        if not below and not above:
-            break
-        # The bound that is missed by more is settled first: what it takes or gives may put the other right.
-        missing = math.fsum(least - quota[i] for i in below)
-        excess = math.fsum(quota[i] - most for i in above)
-        fixed |= dict.fromkeys(below, least) if missing >= excess else dict.fromkeys(above, most)
-    floors = {i: int(quota[i]) for i in free}
-    ranked = sorted(free, key=lambda i: floors[i] - quota[i])
-    extra = set(ranked[: left - sum(floors.values())])
-    return [fixed[i] if i in fixed else floors[i] + (i in extra) for i in range(len(weights))]
 
 
 @contextmanager
@@ -256,13 +173,6 @@ def _folder_of(adapter: str | Path | PeftModel) -> Any:
         return
     with tempfile.TemporaryDirectory() as temporary:
         yield adapters.save(adapter, Path(temporary) / "adapter")
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(folder / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS}: missing, damaged or truncated ({error})") from error
 
 
 def _confined(
@@ -316,10 +226,6 @@ def _module(name: str) -> str:
     return name.removeprefix(PREFIX).partition(_LORA)[0]
 
 
-def _of(adapter: Any) -> PeftModel:
-    return adapter
-
-
 def _adapters_in(model: PeftModel, path: str) -> list[tuple[nn.Module, set[str]]]:
     prefix = f"{PREFIX}{path}."
     held = [p for name, p in model.named_parameters() if name.startswith(prefix) and _LORA in name]
@@ -334,8 +240,8 @@ def _mean_loss(model: PeftModel, probe: Probe, device: torch.device) -> float:
     total = labels = 0.0
     for batch in probe.batches():
         batch = batch_on(batch, device)
-        count = label_count(model, batch)
-        total, labels = total + float(probe.loss(model, batch)) * count, labels + count
+        own = label_count(model, batch)
+        total, labels = total + float(probe.loss(model, batch)) * own, labels + own
     if not labels:
         raise ValueError("prune: the probe has no labels to take a loss on; give it data")
     return total / labels

@@ -1,15 +1,17 @@
-"""Make a folder appear complete or not at all."""
+"""A folder of an export, which appears complete or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..core.files import folder_beside, publish
 
-__all__ = ["MARKER", "check_target", "staged"]
+__all__ = ["MARKER", "check_target", "mark", "staged"]
 
 MARKER = "intaglio_export.json"  # what was exported and how exact it is; only a folder with it is ever replaced
 
@@ -34,9 +36,14 @@ def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) 
     return target
 
 
+def mark(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Leave the figures of an export in its folder, which says too that it is one."""
+    (folder / MARKER).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def staged(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that becomes `directory` by one rename if the block ends well, and vanishes if it does not.
+    """A temporary folder that becomes `directory` by one rename if the block ends well, and vanishes if it does not.
 
     Raises:
         ValueError: as `check_target`.

@@ -1,9 +1,10 @@
-"""Export to PEFT's own sparse adapter (SUPERTUNING): values that are added at flat positions of linear weights."""
+"""PEFT's own sparse adapter (SUPERTUNING): values that are added at flat positions of linear weights."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from ..adapter.delta import Delta
 from ..adapter.names import PREFIX
 from ..core.entries import Entries
-from .peft_folder import differences, export_peft, linear_owners, refuse, target_modules
+from .figures import exact
+from .peft_folder import address, differences, export_peft, linear_owners, refuse_parameters, target_modules
 
-__all__ = ["to_supertuning"]
+__all__ = ["lines", "to_supertuning"]
 
 
 def to_supertuning(
@@ -52,7 +54,7 @@ def to_supertuning(
     """
     owners = linear_owners(delta, model, "SUPERTUNING")
     others = [n for n, (_, module) in owners.items() if not isinstance(module, nn.Linear)]
-    refuse([f"{n}: its layer is no nn.Linear" for n in others], "SUPERTUNING", "use --to merged")
+    refuse_parameters([f"{n}: its layer is no nn.Linear" for n in others], "SUPERTUNING", "use --to merged")
     sparsity = _sparsity(list(delta.selection.values()))
     targets = target_modules({path for path, _ in owners.values()}, model)
 
@@ -64,18 +66,18 @@ def to_supertuning(
 
     from peft import SupertuningConfig
 
-    config = SupertuningConfig(
-        target_modules=targets,
-        sparsity=sparsity,
-        task_type="CAUSAL_LM" if model.can_generate() else None,
-        base_model_name_or_path=delta.base,
-        inference_mode=True,
-    )
-    config.target_modules = targets  # the config makes a set of it, whose order on disk would be chance
+    config = address(SupertuningConfig(sparsity=sparsity), delta, model, targets)
     padded = sum(_slots(entries.numel, sparsity) for entries in delta.selection.values())
     figures = {"to": "supertuning", "sparsity": sparsity, "modules": len(owners), "targets": targets}
     figures |= {"entries": delta.selection.size, "padded": padded}
     return export_peft(delta, model, directory, config, tensors, tokenizer=tokenizer, overwrite=overwrite, figures=figures)
+
+
+def lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the command shows of the figures."""
+    padding = f"{figures['padded'] - figures['entries']:,} places of padding"
+    yield "SUPERTUNING", f"sparsity {figures['sparsity']:.4g}, {figures['entries']:,} values and {padding}"
+    yield from exact(figures)
 
 
 def _slots(numel: int, sparsity: float) -> int:

@@ -48,7 +48,7 @@ def number(
         high: the greatest.
         none: what None stands for, where it is allowed.
     """
-    if (value is None and none) or (_is_number(value) and math.isfinite(value) and low <= value <= high):
+    if (value is None and none) or (_is_number(value) and low <= value <= high and math.isfinite(value)):
         return []
     return [f"{name}={value!r}: give {allowed}{_or_none(none)}"]
 

@@ -8,18 +8,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["show"]
+__all__ = ["Rows", "show"]
 
+Rows = Callable[[dict[str, Any]], Iterator[tuple[str, str]]]  # a result → (label, text) of each row
 _TOP = 10  # layers shown of those that trained in turn
 
 
-def show(kind: str, result: dict[str, Any]) -> None:
-    """Print a command's result; `kind` is one of run, score, verify, methods, export, inspect, prune, doctor."""
+def show(kind: str | Rows, result: dict[str, Any]) -> None:
+    """Print a command's result.
+
+    Args:
+        kind: one of run, score, verify, methods, inspect, prune, doctor; or a function that makes the rows.
+        result: of the command.
+    """
     if kind == "doctor":  # its commands are copied: no wrapping
         print("\n".join(f"{label:<12}{text}" for label, text in _doctor(result)))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    for label, text in _ROWS[kind](result):
+    for label, text in (_ROWS[kind] if isinstance(kind, str) else kind)(result):
         table.add_row(label, text, style="bold" if label.isupper() else None)
     # Wide enough for one row a line in a file or a log, where there is no terminal to fit.
     console = Console()
@@ -82,41 +88,6 @@ def _methods(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, method in result.items():
         fields = ", ".join(f"{k}={v!r}" for k, v in method["fields"].items() if k != "name")
         yield name, f"{method['summary']}\n{fields}\n"
-
-
-def _export(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "base", result["base"]
-    if "rank" in result:
-        filled = f", {result['filled']} of them zeros" if result.get("filled") else ""
-        kind = f"GGUF LoRA for {result['architecture']}" if "architecture" in result else "LoRA"
-        yield kind, f"rank {result['rank']} in {result['modules']} modules{filled}"
-    if "sparsity" in result:
-        padding = f"{result['padded'] - result['entries']:,} places of padding"
-        yield "SUPERTUNING", f"sparsity {result['sparsity']:.4g}, {result['entries']:,} values and {padding}"
-    if "source_bytes" in result:
-        yield "adapter", f"{result['entries']:,} values in {result['modules']} parameters"
-        yield "size", f"{result['compact_bytes'] / 1e6:.2f} MB (the LoRA: {result['source_bytes'] / 1e6:.2f} MB)"
-    else:
-        yield "size", f"{result['bytes'] / 1e6:.2f} MB (the adapter: {result['compact_bytes'] / 1e6:.2f} MB)"
-    yield from _loss(result) if "loss" in result else _exactness(result)
-    yield "written", result["path"]
-    if "max_lora_rank" in result:
-        names = " ".join(sorted({target.rpartition(".")[2] for target in result["targets"]}))
-        flags = f"--enable-lora --max-lora-rank {result['max_lora_rank']} --lora-target-modules {names}"
-        base = result["base"] if "/" in result["base"] else "BASE"  # the embedded model has no name that others know
-        yield "vLLM", f"vllm serve {base} {flags} --lora-modules NAME={result['path']}"
-
-
-def _exactness(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    tokens = f"{result['tokens']} greedy tokens the same" if result["tokens"] else "no tokens generated"
-    yield "checked", f"greatest difference of a logit {result['max_difference']:.1e}, {tokens}"
-
-
-def _loss(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "NOT EXACT", f"{result['loss']:.3%} of what the adapter does is lost (allowed: {result['max_loss']:.1%})"
-    kl = f"KL {result['kl']:.1e} of {result['kl_of_adapter']:.1e} nats per token, over {result['text_tokens']:,} tokens"
-    yield "measured", f"{kl}; the same best token at {result['same_token']:.1%}"
-    yield "singular values", f"{result['frobenius']:.1%} of ‖tuned − base‖ is lost; by module in approximation.json"
 
 
 def _doctor(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -243,12 +214,11 @@ def _unit(record: dict[str, Any]) -> str:
     return f"{what} of {record['width']}"
 
 
-_ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str]]]] = {
+_ROWS: dict[str, Rows] = {
     "run": _run,
     "score": _score,
     "verify": _verify,
     "methods": _methods,
-    "export": _export,
     "inspect": _inspect,
     "prune": _prune,
     "doctor": _doctor,

@@ -1,4 +1,4 @@
-"""Take the unimportant layers out of a run's LoRA, and say what each costs on held-out rows."""
+"""A run's LoRA without its unimportant layers, and what each of them is worth on held-out rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..training import rotation_record as layer_record
+from ..training import rotation_record
 from .config import Config, load_config
 from .folder import read_run
 from .load import load
@@ -36,10 +36,10 @@ def prune(run: Path, layers: int, output: Path | None = None, *, held_out: int =
         'runs/ist/pruned-8'
     """
     stored = read_run(run)
-    record = layer_record.read(run / layer_record.FILE)
+    record = rotation_record.read(run / rotation_record.FILE)
     if record is None:
         raise ValueError(
-            f"{run}: has no {layer_record.FILE}, so that nothing is known about its layers; train with a schedule that learns "
+            f"{run}: has no {rotation_record.FILE}, so that nothing is known about its layers; train with a schedule that learns "
             "their importance (ist)"
         )
     if held_out < 0:
