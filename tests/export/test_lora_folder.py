@@ -10,7 +10,7 @@ from intaglio.core.entries import Slices
 from intaglio.core.selection import Selection
 from intaglio.export.from_lora import read_lora
 from intaglio.export.lora import to_lora
-from intaglio.runtime.changes import Layers
+from intaglio.runtime.changes import LinearLayers
 from intaglio.runtime.reading import read_adapter
 from support import tiny
 from support.exports import handmade, rewrite
@@ -32,7 +32,7 @@ def folder(base, tmp_path):
 
 
 def readers(base):
-    return {"to delta": read_lora, "to serve": lambda folder: read_adapter(folder, Layers(base))}
+    return {"to delta": read_lora, "to serve": lambda folder: read_adapter(folder, LinearLayers(base))}
 
 
 CONFIGS = {
@@ -108,7 +108,7 @@ def test_both_read_what_is_whole(base, folder):
     """With a pattern's alpha, which both scale by."""
     rewrite(folder, alpha_pattern={"down_proj": 16})
     lora = read_lora(folder)
-    adapter, kind, _ = read_adapter(folder, Layers(base))
+    adapter, kind, _ = read_adapter(folder, LinearLayers(base))
     change = adapter.changes[PATH]
     assert (kind, lora.scale(PATH)) == ("lora", 2.0)
     assert torch.equal(change.write.T, lora.modules[PATH][1][:, :2] * 2.0)
