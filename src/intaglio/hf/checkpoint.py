@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import sys
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
 
-from ..core.files import write_whole
+from ..core.files import read_mapping, write_whole
 from ..model import peft_layers
 
 if TYPE_CHECKING:
     from ..training.tuner import Tuner
 
-__all__ = ["COMPLETE", "STATE", "last_checkpoint", "load_tuner_state", "mark_complete", "save_tuner_state"]
+__all__ = [
+    "COMPLETE",
+    "STATE",
+    "last_checkpoint",
+    "load_tuner_state",
+    "mark_complete",
+    "refuse_other_settings",
+    "save_tuner_state",
+]
 
 STATE, COMPLETE = "tuner_state.safetensors", "complete.json"
 
 
-def mark_complete(folder: Path, step: int) -> None:
-    """Say of a checkpoint that all of it is on disk."""
-    write_whole(folder / COMPLETE, json.dumps({"step": step}).encode())
+def mark_complete(folder: Path, step: int, settings: Mapping[str, Any] | None = None) -> None:
+    """Say of a checkpoint that all of it is on disk: hashes of its files, and the settings of its run."""
+    files = {str(path.relative_to(folder)): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files.pop(COMPLETE, None)
+    manifest = {"step": step, "files": files, "settings": dict(settings or {})}
+    write_whole(folder / COMPLETE, json.dumps(manifest, indent=1, default=str).encode())
+
+
+def refuse_other_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of a run with other settings; what a checkpoint does not know is not compared.
+
+    Raises:
+        ValueError: with everything that differs.
+    """
+    then = read_mapping(folder / COMPLETE).get("settings", {})
+    now = json.loads(json.dumps(dict(settings), default=str))
+    differ = [f"{key} was {then[key]!r}, now {now.get(key)!r}" for key in then if then[key] != now.get(key)]
+    if differ:
+        raise ValueError(
+            f"resume: {folder.name} is of a run with other settings: {'; '.join(differ)}; change it back, or start anew"
+        )
 
 
 def save_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
@@ -56,7 +86,39 @@ def load_tuner_state(tuner: Tuner, folder: str | os.PathLike[str]) -> None:
 
 
 def last_checkpoint(run: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a run folder; torn ones are passed over. None where there is none."""
+    """The newest complete checkpoint of a run folder; None where there is none.
+
+    Torn ones are passed over, and those of which a file has changed since, with a warning that names it.
+    """
     folders = [marker.parent for marker in Path(run).glob(f"checkpoint-*/{COMPLETE}")]
     numbered = [folder for folder in folders if folder.name.removeprefix("checkpoint-").isdigit()]
-    return max(numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+    for folder in sorted(numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), reverse=True):
+        damaged = _damaged(folder)
+        if damaged is None:
+            return folder
+        warnings.warn(f"{folder}: {damaged}; an earlier checkpoint is taken", stacklevel=2)
+    return None
+
+
+def _damaged(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None where all are as they were written."""
+    try:
+        files = read_mapping(folder / COMPLETE).get("files", {})
+    except (OSError, ValueError) as error:
+        return str(error)
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _hash(path) != expected:
+            return f"{name} is damaged, or was changed"
+    return None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if sys.version_info >= (3, 11)
+            else hashlib.sha256(file.read()).hexdigest()
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,13 +39,19 @@ __all__ = [
 
 
 class _Marked:
-    """Mixin: marks each checkpoint complete once all of it is on disk."""
+    """Mixin: marks each checkpoint complete once all of it is on disk.
+
+    Attributes:
+        settings: of the run, which every checkpoint of it carries.
+    """
+
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]  # a Trainer's
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists() and not self.args.save_only_model:
-            mark_complete(folder, self.state.global_step)
+            mark_complete(folder, self.state.global_step, self.settings)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the adapter has its own, and the Trainer's would describe a full model."""

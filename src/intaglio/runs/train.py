@@ -6,6 +6,7 @@ What it writes into its output folder stands in `folder`, name by name.
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ..model.peft_layers import model_size
 from . import folder
 from .config import UPDATES, AttachBlock, Config, load_config
 from .peft_methods import PEFT_METHODS, peft_config
+from .settings import base_digest, run_settings
 from .sft_config import sft_config
 
 if TYPE_CHECKING:
@@ -61,8 +63,9 @@ def train(
     config = load_config(source, overrides, allow=allow)
     output = folder.output_folder(config.train.get("output_dir"), source, resume=resume, overwrite=overwrite)
     run = _setup(config, output)
-    checkpoint = _checkpoint(output) if resume else None
+    checkpoint = _checkpoint(run) if resume else None
     trainer = _make_trainer(run, checkpoint)  # attaches: the last thing that a mistake of the user can stop
+    trainer.settings = run.settings
     if overwrite:
         folder.remove_earlier(output)
     before = _score(run, "before") if config.evaluate is not None and config.evaluate.before else None
@@ -85,6 +88,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     model: Any  # PreTrainedModel, or a PeftModel
     exclude: Selection
+    settings: dict[str, Any]  # that a resumed run must share
     tuner: Any = None  # Tuner, where the method is ours
     recorders: list[Recorder] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -109,7 +113,8 @@ def _setup(config: Config, output: Path) -> Run:
     arguments.chat_template_path = None  # it is in the tokenizer now
     check_tokenizer(tokenizer, examples)
     model = load_model(config.model.name, device=arguments.device, **config.model.kwargs())
-    return Run(config, output, arguments, examples, tokenizer, model, exclude)
+    settings = run_settings(config, arguments, base_digest(model))
+    return Run(config, output, arguments, examples, tokenizer, model, exclude, settings)
 
 
 def _refuse_idle_settings(config: Config) -> None:
@@ -180,26 +185,46 @@ def _with_adapter(model: Any, name: str, fields: dict[str, Any], seed: int) -> A
     return get_peft_model(model, peft_config(name, fields))
 
 
-def _checkpoint(output: Path) -> Path | None:
-    from ..hf.checkpoint import last_checkpoint
+def _checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint of the run, which must be of a run with these settings."""
+    from ..hf.checkpoint import last_checkpoint, refuse_other_settings
 
-    return last_checkpoint(output)
+    found = last_checkpoint(run.output)
+    if found is not None:
+        refuse_other_settings(found, run.settings)
+    return found
 
 
 def _fit(run: Run, trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
     """Train; return time, memory and the loss log."""
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import TrainerState
+
     from .meter import StepMeter
 
     meter = StepMeter()
     trainer.add_callback(meter)
-    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state is not None and checkpoint is not None and _is_over(state, run.arguments):
+        trainer._load_from_checkpoint(str(checkpoint))  # one more call of train would make one more update
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        loss = sum(map(float, losses)) / len(losses) if losses else None
+    else:
+        loss = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).training_loss
+        state = trainer.state
     return {
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "resumed_from": None if checkpoint is None else checkpoint.name,
-        "final_loss": outcome.training_loss,
+        "final_loss": loss,
         **meter.figures(),
-        "history": trainer.state.log_history,
+        "history": state.log_history,
     }
+
+
+def _is_over(state: Any, arguments: Any) -> bool:
+    """Whether a run has made all of its updates."""
+    same_epochs = arguments.max_steps <= 0 and state.num_train_epochs >= arguments.num_train_epochs
+    return state.global_step >= (arguments.max_steps if arguments.max_steps > 0 else state.max_steps if same_epochs else math.inf)
 
 
 def _save(run: Run, trainer: Any) -> Path:
