@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.entries import Entries
 from ..core.fingerprint import fingerprint, is_attached
 from ..core.selection import Selection
+from ..model.wrappers import unwrapped
 from . import folder
 
 __all__ = ["Delta", "refuse_tuner"]
@@ -156,7 +157,7 @@ class Delta:
         return f"Delta({self.method.get('name', '?')}, {self.selection!r}, base={self.base!r})"
 
     def _named(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        parameters = dict(model.named_parameters())
+        parameters = dict(unwrapped(model).named_parameters())
         missing = next((name for name in self.selection if name not in parameters), None)
         if missing is not None:
             raise ValueError(f"{missing}: the model has no such parameter; this adapter's base is {self.base!r}")
@@ -173,7 +174,7 @@ def refuse_tuner(model: nn.Module) -> None:
     Raises:
         ValueError: where a tuner is attached.
     """
-    if is_attached(model):
+    if is_attached(unwrapped(model)):
         raise ValueError("the model has a tuner attached, whose next step would overwrite this; call its detach() first")
 
 

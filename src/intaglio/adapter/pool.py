@@ -15,6 +15,7 @@ from torch import nn
 from ..core.entries import Elements, Slices
 from ..core.selection import Selection
 from ..model.permute import Layout
+from ..model.wrappers import unwrapped
 from .delta import Delta, refuse_tuner
 from .fuse import Part, check_weights, combine, warn_of_overlap
 from .overlay import Overlay, Piece
@@ -72,7 +73,7 @@ class AdapterPool:
             raise ValueError(f"storage={storage!r}: give 'base' or 'rows'")
         refuse_tuner(model)
         self.model = model
-        self._overlay = Overlay(model, layout or Layout(), rows=storage == "rows")
+        self._overlay = Overlay(unwrapped(model), layout or Layout(), rows=storage == "rows")
         self._shelf = _Prepared(model, self._overlay, capacity_bytes)
         self._active: str | None = None
         self._waiting: list[str | None] = []  # what comes back after the `using` blocks
