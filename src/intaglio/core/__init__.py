@@ -1,1 +1,1 @@
-"""What may change, as pure values, and the small ground that everything stands on. Torch only."""
+"""Pure values that say what may change, and the small ground that everything stands on. Torch only."""

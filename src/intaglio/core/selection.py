@@ -1,4 +1,4 @@
-"""What may change: a selection maps parameter names to entries, and an absent name is frozen.
+"""A selection says what may change: it maps parameter names to entries, and an absent name is frozen.
 
 Methods answer with a `Selection`; everything else (training, saving, merging, plotting) reads it and never asks which
 method gave it.

@@ -1,1 +1,1 @@
-"""What a method can be: what all methods are, and the kinds of them that share how they choose."""
+"""The kinds of methods: what all of them are, and those that share how they choose."""

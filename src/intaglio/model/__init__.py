@@ -1,1 +1,1 @@
-"""What a model is made of: its layers, heads and channels, what calibration measures of them, and how PEFT wraps them."""
+"""The parts of a model: its layers, heads and channels, what calibration measures of them, and how PEFT wraps them."""

@@ -1,4 +1,4 @@
-"""What adapters keep for one module of the base, and their exact exchange with the module's own weights."""
+"""The values that adapters keep for one module of the base, and their exact exchange with the module's own weights."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Tuner:
 
     def __init__(self, model: nn.Module, method: Method, regimes: list[Regime[Any]], *, base: str | None, partial: bool) -> None:
         self.model, self.regimes, self.step = model, regimes, 0
-        self.layout = regimes[0].layout
+        self.layout, self._by_name = regimes[0].layout, {regime.name: regime for regime in regimes}
         self._method, self._base = method, base if base is not None else _base_name(model)
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
@@ -68,15 +68,12 @@ class Tuner:
     @property
     def unmasking(self) -> Any:
         """The `Unmasking` of a method that chooses while training, such as ID3; None for others."""
-        return self._regime("unmasking")
+        return self._by_name.get("unmasking")
 
     @property
     def rotation(self) -> Any:
         """The `Rotation` of a method that trains layers in turn, such as IST; None for others."""
-        return self._regime("rotation")
-
-    def _regime(self, name: str) -> Regime[Any] | None:
-        return next((regime for regime in self.regimes if regime.name == name), None)
+        return self._by_name.get("rotation")
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable values, one compact tensor per selected parameter, in selection order."""
