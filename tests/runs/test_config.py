@@ -31,8 +31,8 @@ def test_model_block_passes_other_keys_on():
 
 def test_the_method_is_built_once(monkeypatch):
     """What checks the file, what asks for its settings and what trains is one object; `run.json` holds the blocks alone."""
-    built = []
-    monkeypatch.setattr(methods, "build", lambda block, *where, build=methods.build: built.append(block) or build(block, *where))
+    built, build = [], methods.build
+    monkeypatch.setattr(methods, "build", lambda block, *where, **options: built.append(block) or build(block, *where, **options))
     config = load_config(GOOD | {"schedule": {"name": "ist", "layers": 1, "suppressed": 1}})
     assert isinstance(config.attached, IST)
     assert config.attached is config.attached

@@ -20,7 +20,12 @@ def fingerprint(values: Tensor) -> str:
 
 
 def checksum(values: Tensor) -> int:
-    """Sum of a tensor's bits, as whole numbers modulo 2^64: that of some entries can be taken away from that of all."""
+    """Sum of a tensor's bits, as whole numbers modulo 2^64: that of some entries can be taken away from that of all.
+
+    0 for a tensor that holds no values here (on the meta device).
+    """
+    if values.is_meta:
+        return 0
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     return int(values.detach().view(whole).sum(dtype=torch.int64))
 
