@@ -1,6 +1,6 @@
 """Hand what IST has learned on: which layers a next LoRA takes, their ranks, and a LoRA without its unimportant layers.
 
-A record is what `layer_record.save` returns, and `layer_record.read` reads from a run's `layers.json`.
+A record is what `RotationRecord.save` returns, and `rotation_record.read` reads from a run's `layers.json`.
 """
 
 from __future__ import annotations

@@ -98,7 +98,10 @@ class UnitMethod(Method):
         chosen = Selection()
         for role in self.roles:
             for layer, quota in zip(layers, quotas[role], strict=True):
-                chosen = chosen.union(_slices(layer, role, ranks[layer.name, _structure(role)][:quota]))
+                projection, units = layer.projections[role], ranks[layer.name, _structure(role)][:quota]
+                if units:
+                    index = projection.index(torch.tensor(units))
+                    chosen = chosen.union({projection.parameter: Slices(projection.shape, projection.dim, index)})
         return Selection({name: chosen[name] for name, _ in model.named_parameters() if name in chosen})
 
     def _problems(self) -> list[str]:
@@ -142,10 +145,3 @@ def _positions(entries: Entries, dim: int) -> Tensor:
     if isinstance(entries, Slices) and entries.dim == dim:
         return entries.index.cpu()
     return torch.unravel_index(entries.flat(), entries.shape)[dim].unique()
-
-
-def _slices(layer: Layer, role: str, units: list[int]) -> dict[str, Entries]:
-    """The slices of some units of a layer, none for none."""
-    projection = layer.projections[role]
-    index = projection.index(torch.tensor(units, dtype=torch.int64))
-    return {projection.parameter: Slices(projection.shape, projection.dim, index)} if units else {}
