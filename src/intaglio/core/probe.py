@@ -105,7 +105,7 @@ def rows_of(batch: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
 
 
 def label_count(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """How many labels the loss of a batch is a mean of; rows, where it has none."""
+    """Number of labels that the loss of a batch is a mean of; of rows, where it has none."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return next(x.shape[0] for x in batch.values() if isinstance(x, Tensor) and x.dim() > 0)

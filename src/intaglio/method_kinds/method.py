@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass whose fields are its hyper-parameters, and one pure question it answers."""
+"""A method: a frozen dataclass whose fields are its hyper-parameters, and one pure question it answers."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ def _tuner_class() -> type:
 
 
 class _Nothing:
-    """What no module is: there are no PEFT layers where PEFT is not imported."""
+    """A class without instances, for where PEFT is not imported and there are no PEFT layers."""
 
 
 def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -30,7 +30,7 @@ _FINE = 1e-5  # in fp64 too: models compute norms and rotations in fp32
 
 @final
 class Layout:
-    """Where the positions of a base model lie now; empty for a model in its own order.
+    """An order in which the positions of a base model lie now; empty for a model in its own order.
 
     Attributes:
         orders: parameter name → (dim, order): position i along dim now holds position `order[i]` of the base.

@@ -148,7 +148,7 @@ def to_csv(record: Mapping[str, Any], path: Path) -> Path:
 
 
 def _thinned(items: Sequence[Any]) -> list[Any]:
-    """At most `_POINTS` of them, evenly spread, the first and the last among them."""
+    """At most `_POINTS` of some items, evenly spread, the first and the last among them."""
     if len(items) <= _POINTS:
         return list(items)
     return [items[round(i * (len(items) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
@@ -172,7 +172,7 @@ def _shares(draws: Sequence[Sequence[Any]], updates: int, total: int) -> dict[st
 
 
 def _problem(record: Any) -> str | None:
-    """What is wrong with a record."""
+    """The first fault of a record; None for a sound one."""
     wrong = [key for key, kind in _KINDS.items() if key not in record or not isinstance(record[key], kind)]
     if wrong:
         return f"{wrong[0]} is missing or of the wrong kind"

@@ -49,7 +49,7 @@ class Slot(nn.Module, ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str | None:
-        """Of the base values at the chosen entries, taken before training; None where none is chosen yet."""
+        """Fingerprint of the base values at the chosen entries, taken before training; None where none is chosen yet."""
 
     @abstractmethod
     def write(self) -> None:
