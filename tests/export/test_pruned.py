@@ -13,7 +13,7 @@ from intaglio import IST, RST
 from intaglio.cli import app
 from intaglio.export.pruned import losses, prune
 from intaglio.hf.layers import layers_to_transform
-from intaglio.training.rotation_record import FILE, ranking, read, save
+from intaglio.training.rotation_record import FILE, ranking, read
 from support import tiny
 from support.importance import FAN, MODELS, layer_of, placed, record
 from support.layers import NAME, adapted, attached, lora, probe, run, shake, stack
@@ -56,7 +56,7 @@ CASES = {
 def test_a_pruned_adapter_is_the_others_switched_off(tmp_path, case):
     """IST item 7: bit for bit, as an ordinary PEFT folder, from a folder and from the model."""
     model, tuner = trained(**CASES[case])
-    learned = save(tuner.rotation, tmp_path / FILE)
+    learned = tuner.rotation.recorder().save(tmp_path)
     total = len(learned["layers"])
     tuner.save(tmp_path / "adapter")
     batch = tiny.batch(NAME, seed=9)
@@ -93,7 +93,7 @@ def test_layers_that_numbers_do_not_name_are_pruned_too(tmp_path, name):
 def test_the_loss_for_each_number_of_layers(tmp_path):
     """As measured with the others at zero; batches of unequal size count by their labels; the model is left as it was."""
     model, tuner = trained(use_dora=True)
-    learned = save(tuner.rotation, tmp_path / FILE)
+    learned = tuner.rotation.recorder().save(tmp_path)
     held_out = [tiny.batch(NAME, rows=1, length=5, seed=70), tiny.batch(NAME, rows=4, length=14, seed=71)]
     data = type(probe())(held_out)
     before = model(**held_out[0]).logits
@@ -119,7 +119,7 @@ def test_the_loss_for_each_number_of_layers(tmp_path):
 
 def test_what_cannot_be_pruned_is_refused(tmp_path):
     model, tuner = trained()
-    learned = save(tuner.rotation, tmp_path / FILE)
+    learned = tuner.rotation.recorder().save(tmp_path)
     tuner.save(tmp_path / "adapter")
     with pytest.raises(ValueError, match="from 1 to 6"):
         prune(tmp_path / "adapter", learned, 7, tmp_path / "out")
@@ -159,7 +159,7 @@ def place(tmp_path_factory):
     run(model, tuner, 6)
     path = folder / "run"
     tuner.save(path / "adapter")
-    save(tuner.rotation, path / FILE)
+    tuner.rotation.recorder().save(path)
     rows = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}"} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
@@ -207,7 +207,7 @@ def test_the_command_says_what_is_wrong(place, tmp_path):
     (tmp_path / "run.json").write_text((place / "run.json").read_text())
     assert "has no layers.json" in prune_command(tmp_path, "--layers", 1).output
     _, tuner = trained(method=RST(layers=2))
-    save(tuner.rotation, tmp_path / FILE)
+    tuner.rotation.recorder().save(tmp_path)
     done = prune_command(tmp_path, "--layers", 1)
     assert done.exit_code == 2
     assert "learns no importance" in done.output

@@ -11,7 +11,7 @@ from intaglio import IST, LISA, RST, S2FT, Full
 from intaglio.cli import app
 from intaglio.report.layers import plot_layers
 from intaglio.runs.inspect import inspect
-from intaglio.training.rotation_record import FILE, ranking, read, rows, save, to_csv
+from intaglio.training.rotation_record import FILE, ranking, read, rows, to_csv
 from support.layers import adapted, attached, run, stack
 
 METHODS = {
@@ -38,7 +38,7 @@ def folder(path, tuner):
     """The folder of a run, as `intaglio train` leaves it."""
     path.mkdir(exist_ok=True)
     tuner.save(path / "adapter")
-    save(tuner.rotation, path / FILE)
+    tuner.rotation.recorder().save(path)
     (path / "run.json").write_text(json.dumps({"config": {}, "trainable": {"of": 100_000}}))
     return path
 
@@ -47,7 +47,7 @@ def folder(path, tuner):
 def test_the_record_is_what_happened(tmp_path, case):
     """IST checklist 32: layers, visits, periods and draws are those that were seen at each update."""
     tuner, seen = trained(case)
-    record = save(tuner.rotation, tmp_path / FILE)
+    record = tuner.rotation.recorder().save(tmp_path)
     assert record == read(tmp_path / FILE)
     assert record["layers"] == [f"model.layers.{i}" for i in range(8)]  # names of the base, adapter or not
     assert record["method"] == tuner.rotation.method.to_dict()
@@ -70,7 +70,7 @@ def test_a_long_run_stays_small(tmp_path):
     model = adapted(3, r=1)
     tuner = attached(model, IST(layers=1, interval=1))
     run(model, tuner, 450)
-    record = save(tuner.rotation, tmp_path / FILE)
+    record = tuner.rotation.recorder().save(tmp_path)
     assert record == read(tmp_path / FILE)
     assert len(record["learned"]) == len(record["draws"]) == len(record["trained"]["share"]) == 200
     assert record["learned"][-1] == [450, record["importance"]]
@@ -84,7 +84,7 @@ def test_a_long_run_stays_small(tmp_path):
 
 def test_the_table_is_the_record(tmp_path):
     tuner, _ = trained("ist")
-    record = save(tuner.rotation, tmp_path / FILE)
+    record = tuner.rotation.recorder().save(tmp_path)
     with to_csv(record, tmp_path / "layers.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["layer"] for row in table] == record["layers"]
@@ -98,20 +98,20 @@ def test_the_table_is_the_record(tmp_path):
 
 def test_where_nothing_is_learned_no_layer_is_first(tmp_path):
     tuner, _ = trained("rst", steps=3)
-    record = save(tuner.rotation, tmp_path / FILE)
+    record = tuner.rotation.recorder().save(tmp_path)
     with pytest.raises(ValueError, match="rst draws layers at random"):
         ranking(record)
     assert {row["rank"] for row in rows(record)} == {None}
     assert to_csv(record, tmp_path / "layers.csv").read_text().splitlines()[1].startswith("model.layers.0,,,")
     early, _ = trained("ist", steps=2)
     with pytest.raises(ValueError, match="no importance was learned yet"):
-        ranking(save(early.rotation, tmp_path / FILE))
+        ranking(early.rotation.recorder().save(tmp_path))
 
 
 def test_a_run_that_has_not_begun_has_a_record_too(tmp_path):
     for case in METHODS:
         tuner, _ = trained(case, steps=0)
-        record = save(tuner.rotation, tmp_path / FILE)
+        record = tuner.rotation.recorder().save(tmp_path)
         assert record == read(tmp_path / FILE)
         assert record["updates"] == 0
         assert plot_layers(record, tmp_path / "layers.png").is_file()
@@ -134,7 +134,7 @@ DAMAGE = {
 def test_a_damaged_record_is_refused(tmp_path):
     assert read(tmp_path / FILE) is None
     tuner, _ = trained("ist", steps=6)
-    record = save(tuner.rotation, tmp_path / FILE)
+    record = tuner.rotation.recorder().save(tmp_path)
     for what, damage in DAMAGE.items():
         (tmp_path / FILE).write_text(damage(record))
         with pytest.raises(ValueError, match=rf"layers\.json: damaged, .*{what}"):
@@ -150,7 +150,7 @@ def test_the_picture_holds_any_number_of_layers(tmp_path, layers):
         model = adapted(layers, r=1)
         tuner = attached(model, method)
         run(model, tuner, 4)
-        picture = plot_layers(save(tuner.rotation, tmp_path / FILE), tmp_path / "layers.png")
+        picture = plot_layers(tuner.rotation.recorder().save(tmp_path), tmp_path / "layers.png")
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 

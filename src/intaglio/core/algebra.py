@@ -28,7 +28,7 @@ def shared(a: Entries, b: Entries) -> Entries | None:
 
 
 def within(outer: Entries, inner: Entries) -> Entries:
-    """Where `inner`, a part of `outer`, lies in the compact values of `outer`, in the same order.
+    """The places of `inner`, a part of `outer`, in the compact values of `outer`, in the same order.
 
     >>> outer, inner = Slices((4, 6), 1, torch.tensor([0, 3, 5])), Slices((4, 6), 1, torch.tensor([5]))
     >>> within(outer, inner).index

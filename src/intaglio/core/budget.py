@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import final
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from .entries import from_flat
 from .selection import Selection
 
-__all__ = ["TopK", "largest_remainder", "resolve_budget", "top_k"]
+__all__ = ["TopK", "largest_remainder", "resolve_budget", "top_k", "without"]
 
 
 def resolve_budget(budget: int | float, total: int, *, name: str = "budget", unit: str = "candidates") -> int:
@@ -65,6 +65,15 @@ def largest_remainder(total: int, weights: Sequence[int], ties: random.Random | 
     for i in by_remainder[: total - sum(parts)]:
         parts[i] += 1
     return parts
+
+
+def without(scores: Iterable[tuple[str, Tensor]], excluded: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The scores with those of excluded entries, given by flat offset, behind all others."""
+    for name, score in scores:
+        if name in excluded:
+            score = score.contiguous()
+            score.view(-1)[excluded[name].to(score.device)] = float("-inf")
+        yield name, score
 
 
 @torch.no_grad()

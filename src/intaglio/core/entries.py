@@ -47,6 +47,10 @@ class Entries(ABC):
     def flat(self) -> Tensor:
         """Sorted offsets of the chosen entries in the flattened parameter, int64 `[count]`."""
 
+    def positions(self, dim: int) -> Tensor:
+        """Sorted positions along `dim` that hold any chosen entry, int64, on the CPU."""
+        return torch.unravel_index(self.flat(), self.shape)[dim].unique()
+
     @abstractmethod
     def to(self, device: torch.device) -> Entries:
         """The same entries with their index on `device`."""
@@ -150,6 +154,9 @@ class Slices(Entries):
         inner = math.prod(self.shape[self.dim + 1 :])
         outer = torch.arange(math.prod(self.shape[: self.dim])) * (self.shape[self.dim] * inner)
         return (outer[:, None, None] + self.index.cpu()[None, :, None] * inner + torch.arange(inner)).flatten()
+
+    def positions(self, dim: int) -> Tensor:
+        return self.index.cpu() if dim == self.dim else super().positions(dim)
 
     def to(self, device: torch.device) -> Slices:
         return self if self.index.device == device else Slices(self.shape, self.dim, self.index.to(device))

@@ -9,7 +9,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IGNORED", "Batches", "Probe", "batch_on", "chunks", "has_own_loss", "label_count"]
+__all__ = ["IGNORED", "Batches", "Probe", "batch_on", "chunks", "has_own_loss", "label_count", "rows_of"]
 
 IGNORED = -100  # the label that transformers' losses skip
 
@@ -91,20 +91,21 @@ def chunks(model: nn.Module, batch: Mapping[str, Any], largest: int) -> Iterator
     if at_once >= rows:
         yield dict(batch), 1.0
         return
-    pieces = [_rows(batch, slice(start, start + at_once), rows) for start in range(0, rows, at_once)]
+    pieces = [rows_of(batch, slice(start, start + at_once), rows) for start in range(0, rows, at_once)]
     counts = [label_count(model, piece) for piece in pieces]
     for piece, count in zip(pieces, counts, strict=True):
         if count or not sum(counts):
             yield piece, count / sum(counts) if sum(counts) else 1 / len(pieces)
 
 
-def _rows(batch: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
+def rows_of(batch: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
+    """Some rows of a batch of `rows`; what is not given row by row stays whole."""
     split = {key for key, x in batch.items() if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows}
     return {key: x[part] if key in split else x for key, x in batch.items()}
 
 
 def label_count(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """How many labels the loss of a batch is a mean of; rows, where it has none."""
+    """Number of labels that the loss of a batch is a mean of; of rows, where it has none."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return next(x.shape[0] for x in batch.values() if isinstance(x, Tensor) and x.dim() > 0)

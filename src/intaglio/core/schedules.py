@@ -31,7 +31,11 @@ def linear(steps: int, until: float = 1.0) -> Schedule:
     Raises:
         ValueError: outside those ranges.
     """
-    end = _end(steps, until)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: give the number of optimizer steps, a whole number of at least 1")
+    if not 0 < until <= 1:
+        raise ValueError(f"until={until!r}: give the fraction of the run, above 0 and at most 1")
+    end = steps * Fraction(str(until))
     return lambda step: min(Fraction(max(step, 0)) / end, Fraction(1))
 
 
@@ -65,11 +69,3 @@ def front_loaded(budget: int, steps: int, step: int) -> int:
 
 
 SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {"linear": linear, "ramp": ramp, "cubic": cubic}
-
-
-def _end(steps: int, until: float) -> Fraction:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r}: give the number of optimizer steps, a whole number of at least 1")
-    if not 0 < until <= 1:
-        raise ValueError(f"until={until!r}: give the fraction of the run, above 0 and at most 1")
-    return steps * Fraction(str(until))

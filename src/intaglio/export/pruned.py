@@ -1,6 +1,6 @@
 """A LoRA without its unimportant layers, and what each layer is worth on held-out data.
 
-A record is what `training.rotation_record.save` returns, and `read` there reads from a run's `layers.json`.
+A record is what `RotationRecord.save` returns, and `rotation_record.read` reads from a run's `layers.json`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def check_available(name: str, **kwargs: Any) -> None:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a model's config says of its shapes.
+    """The shapes of a model, as its config states them.
 
     Attributes:
         kind: its type, e.g. "llama".
@@ -157,7 +157,7 @@ def _not_found(name: str, error: OSError) -> ValueError:
 
 
 def model_path(name: str) -> str:
-    """What `from_pretrained` takes for a model of this name: the folder of an embedded one (converted once), else the name."""
+    """The argument of `from_pretrained` for a model of this name: the folder of an embedded one (converted once), else it."""
     if name not in EMBEDDED:
         return name
     source = _embedded_file(name)

@@ -190,7 +190,7 @@ def expect_unused_parameters(args: Any) -> None:
 def optimizer_cls_and_kwargs(
     tuner: Tuner, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """What `Trainer(model=tuner.model, optimizer_cls_and_kwargs=…)` takes, for a Trainer that cannot be subclassed.
+    """The argument of `Trainer(model=tuner.model, optimizer_cls_and_kwargs=…)`, for a Trainer that cannot be subclassed.
 
     The optimizer is made over the slots, each in the group (weight decay or not) of its weight. Such a Trainer saves whole
     models in its checkpoints; `SparseMixin` saves adapters. A method that needs the length of the run must be given it.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from ..core.budget import resolve_budget, top_k
+from ..core.budget import resolve_budget, top_k, without
 from ..core.probe import Probe
 from ..core.selection import Selection
 from . import fields
@@ -47,7 +47,7 @@ class EntryMethod(Method):
         weights = {name: p for name, p in self.targets(model).items() if name not in exclude or exclude[name].count < p.numel()}
         excluded = {name: entries.flat() for name, entries in exclude.items() if name in weights}
         free = {name: weight.numel() - len(excluded.get(name, ())) for name, weight in weights.items()}
-        return self.spend(_without(self.scores(model, weights, probe), excluded), free)
+        return self.spend(without(self.scores(model, weights, probe), excluded), free)
 
 
 class ScoredMethod(EntryMethod):
@@ -60,12 +60,3 @@ class ScoredMethod(EntryMethod):
     def scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], probe: Probe | None) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.items():
             yield name, self.score(name, weight)
-
-
-def _without(scores: Iterator[tuple[str, Tensor]], excluded: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The scores with those of excluded entries, given by offset, behind all others."""
-    for name, score in scores:
-        if name in excluded:
-            score = score.contiguous()
-            score.view(-1)[excluded[name].to(score.device)] = float("-inf")
-        yield name, score

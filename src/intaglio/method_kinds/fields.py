@@ -19,7 +19,7 @@ def count(name: str, value: object, what: str = "whole number", *, least: int = 
         least: smallest value allowed; default 1.
         none: what None stands for, where it is allowed; default "", where it is not.
     """
-    if (value is None and none) or (_is_whole(value) and value >= least):
+    if (value is None and none) or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
         return []
     return [f"{name}={value!r}: give a {what} of at least {least}{_or_none(none)}"]
 
@@ -78,10 +78,6 @@ def refuse(owner: str, problems: list[str]) -> None:
 
 def _or_none(none: str) -> str:
     return f", or None for {none}" if none else ""
-
-
-def _is_whole(value: object) -> typing.TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> typing.TypeGuard[int | float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.budget import largest_remainder, resolve_budget
-from ..core.entries import Entries, Slices
+from ..core.entries import Slices
 from ..core.probe import Probe
 from ..core.scores import stable_seed
 from ..core.selection import Selection
@@ -98,7 +98,10 @@ class UnitMethod(Method):
         chosen = Selection()
         for role in self.roles:
             for layer, quota in zip(layers, quotas[role], strict=True):
-                chosen = chosen.union(_slices(layer, role, ranks[layer.name, _structure(role)][:quota]))
+                projection, units = layer.projections[role], ranks[layer.name, _structure(role)][:quota]
+                if units:
+                    index = projection.index(torch.tensor(units))
+                    chosen = chosen.union({projection.parameter: Slices(projection.shape, projection.dim, index)})
         return Selection({name: chosen[name] for name, _ in model.named_parameters() if name in chosen})
 
     def _problems(self) -> list[str]:
@@ -122,7 +125,7 @@ class UnitMethod(Method):
         taken: set[int] = set()
         for projection in projections:
             if projection.parameter in exclude:
-                taken |= set(projection.owners(_positions(exclude[projection.parameter], projection.dim)).tolist())
+                taken |= set(projection.owners(exclude[projection.parameter].positions(projection.dim)).tolist())
         return [unit for unit in range(projections[0].units) if unit not in taken]
 
     def _quotas(self, role: str, layers: list[Layer], free: Mapping[Unit, list[int]]) -> list[int]:
@@ -135,17 +138,3 @@ class UnitMethod(Method):
 
 def _structure(role: str) -> str:
     return next(name for name, (_, roles) in STRUCTURES.items() if role in roles)
-
-
-def _positions(entries: Entries, dim: int) -> Tensor:
-    """Positions along `dim` that hold any of `entries`."""
-    if isinstance(entries, Slices) and entries.dim == dim:
-        return entries.index.cpu()
-    return torch.unravel_index(entries.flat(), entries.shape)[dim].unique()
-
-
-def _slices(layer: Layer, role: str, units: list[int]) -> dict[str, Entries]:
-    """The slices of some units of a layer, none for none."""
-    projection = layer.projections[role]
-    index = projection.index(torch.tensor(units, dtype=torch.int64))
-    return {projection.parameter: Slices(projection.shape, projection.dim, index)} if units else {}

@@ -60,7 +60,8 @@ def build(config: Mapping[str, Any], where: str = "method", allowed: Collection[
     if unknown:
         raise ValueError("; ".join(unknown))
     hints = typing.get_type_hints(cls)
-    problems = [f"{where}.{k}={v!r}: wanted is {_wanted(k, hints[k])}" for k, v in fields.items() if not _fits(v, hints[k])]
+    wanted = {key: _wanted_instead(key, value, hints[key]) for key, value in fields.items()}
+    problems = [f"{where}.{key}={fields[key]!r}: wanted is {what}" for key, what in wanted.items() if what is not None]
     if problems:
         raise ValueError("; ".join(problems))
     return cls(**fields)
@@ -90,20 +91,16 @@ def _imported(name: str, where: str, allowed: Collection[str]) -> type[Method]:
     return cls
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type: plain types, unions of them, and tuples of one."""
+def _wanted_instead(field: str, value: Any, hint: Any) -> str | None:
+    """What a field takes, where a value is not of its type: a plain type, a union of them, or a tuple of one."""
+    parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, typing.get_args(hint)[0]) for item in value)
-    if typing.get_origin(hint) is typing.Literal:
-        return value in typing.get_args(hint)
-    if isinstance(value, bool):
-        return hint is bool or bool in typing.get_args(hint)
-    return isinstance(value, hint)
-
-
-def _wanted(field: str, hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return f"one of {', '.join(typing.get_args(hint))}"
+        wanted, fits = "a list of names", isinstance(value, tuple) and all(isinstance(item, parts[0]) for item in value)
+    elif typing.get_origin(hint) is typing.Literal:
+        wanted, fits = f"one of {', '.join(map(str, parts))}", value in parts
+    else:
+        wanted = getattr(hint, "__name__", str(hint)).replace("|", "or")
+        fits = hint is bool or bool in parts if isinstance(value, bool) else isinstance(value, hint)
     if field == "of":
-        return "a method, {name: …, field: value, …}, or None"
-    return "a list of names" if typing.get_origin(hint) is tuple else getattr(hint, "__name__", str(hint)).replace("|", "or")
+        wanted = "a method, {name: …, field: value, …}, or None"
+    return None if fits else wanted

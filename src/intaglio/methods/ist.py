@@ -175,7 +175,3 @@ class IST(LayerMethod):
     @property
     def _floor(self) -> float:
         return self.floor
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

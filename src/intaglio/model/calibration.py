@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.probe import IGNORED, Probe, batch_on
+from ..core.probe import IGNORED, Probe, batch_on, rows_of
 from .structure import Layer, Projection
 
 __all__ = ["STRUCTURES", "activation_norms", "gradient_means", "gradient_norms", "quiet", "units_of", "weight_norms"]
@@ -56,6 +57,10 @@ def activation_norms(
     squares: dict[str, Tensor] = {}
     handles, mask = [], _Mask()
     modules = dict(model.named_modules())
+
+    def observe(parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        _add(squares, parameter, mask.select(inputs[0], parameter).double().square().sum(0))
+
     for projection in _readers(layers, structures):
         name, _, leaf = projection.parameter.rpartition(".")
         if leaf != "weight":
@@ -63,7 +68,7 @@ def activation_norms(
                 f"{projection.parameter}: holds all experts in one weight, so that the inputs of one channel cannot be seen; "
                 "select by 'weight', 'gradient' or 'random'"
             )
-        handles.append(modules[name].register_forward_pre_hook(_observe(squares, projection.parameter, mask)))
+        handles.append(modules[name].register_forward_pre_hook(partial(observe, projection.parameter)))
     try:
         with quiet(model):
             for batch in _on_device(model, probe):
@@ -139,7 +144,7 @@ def _visit_gradients(
                 parameters[name].grad = None
                 parameters[name].requires_grad_(True)
                 handles.append(parameters[name].register_post_accumulate_grad_hook(_visiting(visit, name)))
-            for example in islice(_all_examples(model, probe), samples):
+            for example in islice(_examples(model, probe), samples):
                 loss = probe.loss(model, example)
                 if not loss.requires_grad:
                     raise ValueError(f"probe: the loss depends on none of {', '.join(list(names)[:3])} …; include others")
@@ -171,13 +176,6 @@ class _Mask:
                 "batches with one mask entry per token"
             )
         return rows[self.tokens.flatten().bool()]
-
-
-def _observe(squares: dict[str, Tensor], name: str, mask: _Mask) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        _add(squares, name, mask.select(inputs[0], name).double().square().sum(0))
-
-    return hook
 
 
 def _visiting(visit: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
@@ -248,19 +246,12 @@ def _on_device(model: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
         raise ValueError("probe: it has no batches to calibrate on; give it data")
 
 
-def _all_examples(model: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+def _examples(model: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    """The rows of all batches, one at a time, without those that have no label to learn from."""
     for batch in _on_device(model, probe):
-        yield from _examples(batch)
-
-
-def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, one at a time, without those that have no label to learn from."""
-    rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
-    for row in range(rows):
-        example = {
-            key: value[row : row + 1] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
-            for key, value in batch.items()
-        }
-        labels = example.get("labels")
-        if not isinstance(labels, Tensor) or bool((labels != IGNORED).any()):
-            yield example
+        rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+        for row in range(rows):
+            example = rows_of(batch, slice(row, row + 1), rows)
+            labels = example.get("labels")
+            if not isinstance(labels, Tensor) or bool((labels != IGNORED).any()):
+                yield example

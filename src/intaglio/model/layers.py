@@ -66,9 +66,10 @@ def stacks(model: nn.Module, names: Iterable[str]) -> Stack:
             taken.append(path)
             found |= held
     if not found:
+        shown = (", ".join(names[:2]) or "nothing") + (" …" if len(names) > 2 else "")
         raise ValueError(
             f"model {type(model).__name__}: no stack of layers found, an nn.ModuleList of which at least two members hold "
-            f"something to train; this does not fit methods that train a few layers at a time (trained: {_shown(names)})"
+            f"something to train; this does not fit methods that train a few layers at a time (trained: {shown})"
         )
     inside = {name for group in found.values() for name in group}
     return Stack(tuple(found), tuple(map(tuple, found.values())), tuple(name for name in names if name not in inside))
@@ -78,7 +79,3 @@ def _is_list(module: nn.Module) -> bool:
     children = list(module._modules.values())
     alike = len({type(child) for child in children}) == 1
     return len(children) > 1 and (isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and alike))
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (" …" if len(names) > 2 else "") if names else "nothing"

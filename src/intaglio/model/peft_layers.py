@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -244,9 +244,20 @@ class _Damping:
             return self._mix(seen[1], output)
         self._again = True
         try:
-            return self._mix(_without(module, self._others, lambda: module(*inputs, **kwargs)), output)
+            return self._mix(self._without(module, inputs, kwargs), output)
         finally:
             self._again, self._seen = False, None
+
+    def _without(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The layer's response while none but the other adapters is active."""
+        layer = _of(module)
+        before = layer._active_adapter, layer._disable_adapters
+        # The attributes themselves: PEFT's own switches also set `requires_grad`.
+        layer._active_adapter, layer._disable_adapters = (self._others, before[1]) if self._others else (before[0], True)
+        try:
+            return module(*inputs, **kwargs)
+        finally:
+            layer._active_adapter, layer._disable_adapters = before
 
     def _mix(self, base: Any, adapted: Any) -> Any:
         if isinstance(adapted, tuple):
@@ -254,18 +265,6 @@ class _Damping:
         if not isinstance(adapted, Tensor) or not adapted.is_floating_point():
             return adapted
         return base + self._factor * (adapted - base)
-
-
-def _without(module: nn.Module, others: list[str], call: Callable[[], Any]) -> Any:
-    """What a call gives while none but `others` of a PEFT layer's adapters is active."""
-    layer = _of(module)
-    before = layer._active_adapter, layer._disable_adapters
-    # The attributes themselves: PEFT's own switches also set `requires_grad`.
-    layer._active_adapter, layer._disable_adapters = (others, before[1]) if others else (before[0], True)
-    try:
-        return call()
-    finally:
-        layer._active_adapter, layer._disable_adapters = before
 
 
 def _of(module: nn.Module) -> Any:
@@ -278,7 +277,7 @@ def _tuner_class() -> type:
 
 
 class _Nothing:
-    """What no module is: there are no PEFT layers where PEFT is not imported."""
+    """A class without instances, for where PEFT is not imported and there are no PEFT layers."""
 
 
 def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -30,7 +30,7 @@ _FINE = 1e-5  # in fp64 too: models compute norms and rotations in fp32
 
 @final
 class Layout:
-    """Where the positions of a base model lie now; empty for a model in its own order.
+    """An order in which the positions of a base model lie now; empty for a model in its own order.
 
     Attributes:
         orders: parameter name → (dim, order): position i along dim now holds position `order[i]` of the base.
@@ -150,7 +150,7 @@ def _unit_orders(layer: Layer, selection: Selection) -> dict[str, Tensor]:
     ffn = [role for role in ("up", "gate", "down") if role in roles]
     channels = torch.stack([votes[role] for role in ffn]).sum(0)
     if channels.any():
-        orders |= dict.fromkeys(ffn, _descending(channels))
+        orders |= dict.fromkeys(ffn, channels.argsort(descending=True, stable=True))
     if "o" not in roles:
         return orders
     shared, own = votes["k"] + votes["v"], (votes["q"] + votes["o"]).view(roles["k"].units, -1)
@@ -190,10 +190,6 @@ def _votes(projection: Projection, selection: Selection) -> Tensor:
     if isinstance(entries, Slices) and entries.dim == projection.dim:
         votes[projection.owners(entries.index.cpu())] = 1
     return votes
-
-
-def _descending(votes: Tensor) -> Tensor:
-    return votes.argsort(descending=True, stable=True)
 
 
 def _moves(

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from .families import FAMILIES, Family, Role
+from .units import Units
 
 __all__ = ["Layer", "Projection", "describe", "is_linear", "is_transposed", "layer_matrices", "refuse_shared"]
 
 _READS_UNITS = {"o", "down"}  # these consume heads or channels; the others produce them
-_FFN = {"up", "gate", "down"}
 
 
 @final
@@ -192,54 +192,17 @@ def _refuse_unknown(model: nn.Module, known: set[str]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Heads:
-    query: int
-    key_value: int
-    width: int
-
-    def units(self, role: str) -> int:
-        return self.key_value if role in ("k", "v") else self.query
-
-
-def _heads(model: nn.Module, reads: int) -> _Heads:
-    """Head counts from the config; `reads` is the input width of the attention output projection."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    query = getattr(config, "num_attention_heads", None)
-    if not isinstance(query, int):
-        raise ValueError(f"model {type(model).__name__}: its config names no num_attention_heads")
-    key_value = getattr(config, "num_key_value_heads", None) or query
-    width = getattr(config, "head_dim", None) or reads // query
-    if query * width != reads:
-        raise ValueError(
-            f"model {type(model).__name__}: {query} heads of {width} do not give the {reads} inputs of its attention output"
-        )
-    return _Heads(query, key_value, width)
-
-
 def _by_family(model: nn.Module, name: str, layer: nn.Module, family: Family) -> Layer:
     found = {role: weight for role, part in family.roles.items() if (weight := _find(layer, part)) is not None}
-    heads, channels = _heads(model, found["o"].width(reads=True)), found["down"].width(reads=True)
+    units = Units.of(model, found["o"].width(reads=True), found["down"].width(reads=True))
     projections = {}
     for role, part in family.roles.items():
-        units, width = (channels, 1) if role in _FFN else (heads.units(role), heads.width)
-        offset, stride = _place(role, part, heads, channels)
-        size = sum(channels if r in _FFN else heads.units(r) * heads.width for r in part.order or (role,))
-        projections[role] = _projection(name, found[role], role, units, width, offset, stride, size)
+        offset, stride = units.place(role, part)
+        size = units.positions(part.order or (role,))
+        projections[role] = _projection(name, found[role], role, units.count(role), units.width(role), offset, stride, size)
     below = dict(layer.named_parameters())
     followers = {role: tuple(f"{name}.{path}" for path in paths if path in below) for role, paths in family.followers.items()}
     return Layer(name, projections, followers)
-
-
-def _place(role: str, weight: Role, heads: _Heads, channels: int) -> tuple[int, int]:
-    """(offset, stride) of a role's units inside its weight."""
-    width = 1 if role in _FFN else heads.width
-    position = weight.order.index(role) if weight.fused else 0
-    if weight.fused == "heads":
-        return position * width, len(weight.order) * width
-    before = weight.order[:position]
-    return sum(channels if r in _FFN else heads.units(r) * heads.width for r in before), width
 
 
 def _projection(layer: str, found: _Found, role: str, units: int, width: int, offset: int, stride: int, size: int) -> Projection:

@@ -1,4 +1,4 @@
-"""The part that our PEFT configs share: a type's name from outside PEFT's enum, and the fields that say where an adapter goes."""
+"""The common part of our PEFT configs: a type's name from outside PEFT's enum, and the fields that say where an adapter goes."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class BottleneckModel(WrappingTuner):
 
 
 def _sizes(model: nn.Module, path: str) -> tuple[int, int]:
-    """What a module reads and puts out, in the last dimension.
+    """Sizes of what a module reads and puts out, in the last dimension.
 
     Raises:
         ValueError: for what is neither linear nor a module with linear layers of a model that states its hidden size.

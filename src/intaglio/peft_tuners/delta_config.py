@@ -14,12 +14,14 @@ from torch import nn
 
 from ..adapter.folder import FORMAT_VERSION, PEFT_TYPE, WEIGHTS
 from ..adapter.record import Record
+from ..core.fingerprint import fingerprint
 from ..core.probe import Probe
 from ..core.selection import Selection
 from ..core.version import VERSION
 from ..method_kinds.fields import refuse
 from ..method_kinds.method import refuse_foreign
 from ..methods import build
+from ..training.ranks import refuse_differing
 from .base_config import PeftTypeName, TargetedConfig, help_text
 from .targets import other_layers, restrict
 
@@ -84,16 +86,32 @@ class DeltaConfig(TargetedConfig):
         """The places of the last fresh adapter made from this config."""
         return self._chosen
 
-    @chosen.setter
-    def chosen(self, selection: Selection) -> None:
-        self._chosen = selection
-
     @property
     def records(self) -> dict[str, Record]:
         """`parameters`, checked."""
         if not isinstance(self.parameters, Mapping):
             raise ValueError(f"{type(self).__name__}: parameters is damaged, not a mapping")
         return {name: Record.parse(name, fields) for name, fields in self.parameters.items()}
+
+    def choose(self, model: nn.Module) -> None:
+        """Choose a fresh adapter's places in the bare base, and keep them.
+
+        A config that is used again on the same base keeps its choice, so that copies of an adapter share their places.
+
+        Raises:
+            ValueError: for a config that was used on another base, whose adapter it still describes; and as `places`.
+        """
+        parameters = dict(model.named_parameters())
+        chosen = self._chosen or self.places(model)
+        refuse_differing(chosen)
+        described = _describe(parameters, chosen)
+        if self._chosen and described != self.parameters:
+            raise ValueError(
+                f"{type(self).__name__}: already describes an adapter of another base, with which it is saved; make a new config "
+                "for this model"
+            )
+        self._chosen, self.parameters, self.trainable = chosen, described, chosen.size
+        self.of = sum(parameter.numel() for parameter in parameters.values())
 
     def places(self, model: nn.Module) -> Selection:
         """Choose the places of a fresh adapter in a base model.
@@ -146,3 +164,15 @@ class DeltaConfig(TargetedConfig):
             if found != config.sha256:
                 raise ValueError(f"{weights}: damaged or truncated: SHA-256 {config.sha256[:12]}… expected, {found[:12]}… found")
         return config
+
+
+def _describe(parameters: Mapping[str, nn.Parameter], selection: Selection) -> dict[str, dict[str, Any]] | None:
+    """The config's `parameters` for a selection; None where it does not fit the model."""
+    described = {}
+    for name, entries in selection.items():
+        parameter = parameters.get(name)
+        if parameter is None or tuple(parameter.shape) != entries.shape:
+            return None
+        base = entries.to(parameter.device).gather(parameter)
+        described[name] = Record.of(entries, parameter.dtype, fingerprint(base)).to_dict()
+    return described

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from ..adapter.record import Record
 from ..core.entries import Entries
-from ..core.fingerprint import fingerprint
-from ..core.selection import Selection
-from ..training.ranks import refuse_differing
 from .delta_config import DeltaConfig
 from .delta_layer import DeltaLayer
 from .guards import check_module, check_parameter, check_tied, check_tokens, refuse_nested, refuse_quantized
@@ -61,7 +58,8 @@ class DeltaModel(WrappingTuner):
             )
         with unwrapped(model):
             if not peft_config.is_fixed:
-                _choose(model, peft_config)
+                refuse_quantized(model)
+                peft_config.choose(model)
             self._places = _plan(model, peft_config)
         refuse_nested(model, self._places)
         if peft_config.target_modules is None:
@@ -146,40 +144,6 @@ def _pass_names(_: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[
 
 def _layers(model: nn.Module) -> list[DeltaLayer]:
     return [module for module in model.modules() if isinstance(module, DeltaLayer)]
-
-
-def _choose(model: nn.Module, config: DeltaConfig) -> None:
-    """Choose a fresh adapter's places in the bare base and write them into the config.
-
-    A config that is used again on the same base keeps its choice, so that copies of an adapter share their places.
-
-    Raises:
-        ValueError: for a config that was used on another base, whose adapter it still describes.
-    """
-    refuse_quantized(model)
-    parameters = dict(model.named_parameters())
-    chosen = config.chosen or config.places(model)
-    refuse_differing(chosen)
-    described = _describe(parameters, chosen)
-    if config.chosen and described != config.parameters:
-        raise ValueError(
-            f"{type(config).__name__}: already describes an adapter of another base, with which it is saved; make a new config "
-            "for this model"
-        )
-    config.chosen, config.parameters, config.trainable = chosen, described, chosen.size
-    config.of = sum(parameter.numel() for parameter in parameters.values())
-
-
-def _describe(parameters: dict[str, nn.Parameter], selection: Selection) -> dict[str, dict[str, Any]] | None:
-    """The config's `parameters` for a selection; None where it does not fit the model."""
-    described = {}
-    for name, entries in selection.items():
-        parameter = parameters.get(name)
-        if parameter is None or tuple(parameter.shape) != entries.shape:
-            return None
-        base = entries.to(parameter.device).gather(parameter)
-        described[name] = Record.of(entries, parameter.dtype, fingerprint(base)).to_dict()
-    return described
 
 
 def _plan(model: nn.Module, config: DeltaConfig) -> dict[str, _Places]:

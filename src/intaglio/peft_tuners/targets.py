@@ -69,7 +69,7 @@ def excluded(config: TargetedConfig, path: str) -> Any:
 
 
 def restrict(selection: Selection, config: TargetedConfig) -> Selection:
-    """What `config`'s restrictions leave of a selection.
+    """The part of a selection that a config's restrictions leave.
 
     Raises:
         ValueError: where they leave nothing although they name no target.

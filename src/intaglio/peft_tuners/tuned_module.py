@@ -1,4 +1,4 @@
-"""The values that adapters keep for one module of the base, and their exact exchange with the module's own weights."""
+"""The part of sparse adapters in one module of the base, and its exact exchange with the module's own weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TunedModule(Wrapper):
         self._disjoint: set[frozenset[str]] = set()  # adapters seen to replace different entries
         self._unchecked: set[str] = set()  # adapters whose tensors were never held against the base
         self._originals: dict[str, dict[str, Tensor]] = {}  # of merged adapters
-        self.register_load_state_dict_post_hook(_check_loaded)
+        self.register_load_state_dict_post_hook(TunedModule._check_loaded)
 
     def hold(self, adapter: str, records: Mapping[str, Record], entries: Mapping[str, Entries], *, noise: bool) -> None:
         """Make room for an adapter.
@@ -159,6 +159,13 @@ class TunedModule(Wrapper):
             tuned.check(f"{self._path}.{name}", adapter, self.unmerged(name))
         self._unchecked.discard(adapter)
 
+    def _check_loaded(self, _: Any) -> None:
+        """Hold what has been loaded against the base, after `load_state_dict`."""
+        self._disjoint.clear()
+        for adapter in self.intaglio_records:
+            if self.has_tensors(adapter):
+                self.check_tensors(adapter)
+
     def has_tensors(self, adapter: str) -> bool:
         """Whether any tensors were loaded for an adapter that needs them."""
         return all(tuned.is_loaded() for tuned in self.tuned(adapter).values())
@@ -175,11 +182,3 @@ class TunedModule(Wrapper):
         for container in (self.intaglio_values, self.intaglio_indices):
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(device or weight.device)
-
-
-def _check_loaded(layer: TunedModule, _: Any) -> None:
-    """After `load_state_dict`: hold against the base what has been loaded."""
-    layer._disjoint.clear()
-    for adapter in layer.intaglio_records:
-        if layer.has_tensors(adapter):
-            layer.check_tensors(adapter)

@@ -89,7 +89,7 @@ def columns(path: str, module: nn.Module, share: float, seed: int, exclude: Sele
     name, weight = f"{path}.weight", module.get_parameter("weight")
     dim = 0 if is_transposed(module) else 1
     taken = exclude.get(name)
-    used = set() if taken is None else set(torch.unravel_index(taken.flat(), taken.shape)[dim].tolist())
+    used = set() if taken is None else set(taken.positions(dim).tolist())
     free = [column for column in range(weight.shape[dim]) if column not in used]
     if not free:
         raise ValueError(f"exclude: it holds entries of every column of {path}; leave the module out of target_modules")

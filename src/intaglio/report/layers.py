@@ -26,7 +26,7 @@ def plot_layers(record: Mapping[str, Any], path: Path) -> Path:
     """Draw importance per layer over the updates (where the method learns any), the active layers, and visits.
 
     Args:
-        record: as `rotation_record.save` gives it.
+        record: as `RotationRecord.save` gives it.
         path: of the PNG.
 
     Returns:

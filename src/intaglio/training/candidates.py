@@ -23,7 +23,7 @@ CHUNK, BLOCK = 1 << 18, 1 << 10  # entries scored at a time; entries whose large
 
 
 class Scorer(Protocol):
-    """What `scan` asks of a method."""
+    """A method, as far as `scan` asks it."""
 
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """As `UpdateMethod.score`."""

@@ -224,7 +224,7 @@ class GrowingSlot(Slot):
         return base
 
     def _tuned(self, values: Tensor, base: Tensor) -> Tensor:
-        """What the weight holds where these values are trained."""
+        """The weight's entries where these values are trained."""
         return (base.to(values.dtype) + values if self._from_start else values).to(self.base_dtype)
 
     def _ever(self) -> tuple[Tensor, Tensor]:

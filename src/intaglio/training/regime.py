@@ -26,7 +26,7 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]  # (model, batch) → sc
 
 @dataclass(frozen=True)
 class Wish:
-    """What `attach` was asked for beside model and method; see there.
+    """The arguments of `attach` beside model and method; see there.
 
     Attributes:
         exclude: also what the model's user froze.
@@ -50,7 +50,7 @@ class Recorder(Protocol):
 
 
 class Regime(ABC, Generic[M]):
-    """Decides, as training goes on, what trains next.
+    """An object that decides, as training goes on, what trains next.
 
     Made on the model as its user left it, of which it may change the layout; then `connect`ed, once the model is frozen and has
     slots.
@@ -152,7 +152,7 @@ class Regime(ABC, Generic[M]):
 
 
 def chooser_of(method: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a method as a checkpoint holds it, the part that chooses entries; none where it trains an adapter's tensors."""
+    """The part of a method that chooses entries, as a checkpoint holds it; none where it trains an adapter's tensors."""
     return (method["of"] or {}) if "of" in method else method
 
 

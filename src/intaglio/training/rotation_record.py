@@ -18,9 +18,22 @@ from ..model.peft_layers import is_peft
 if TYPE_CHECKING:
     from .rotation import Rotation
 
-__all__ = ["FILE", "RotationRecord", "ranking", "read", "rows", "save", "to_csv"]
+__all__ = ["FILE", "RotationRecord", "ranking", "read", "rows", "to_csv"]
 
 FILE, _POINTS = "layers.json", 200
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "layers": list,
+    "method": dict,
+    "updates": int,
+    "probes": int,
+    "skipped": int,
+    "seconds": (int, float),
+    "importance": (list, type(None)),
+    "visits": list,
+    "learned": list,
+    "draws": list,
+    "trained": dict,
+}
 
 
 @final
@@ -35,51 +48,42 @@ class RotationRecord:
         self._rotation = rotation
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write `layers.json`, and return it; see `save`."""
-        return save(self._rotation, folder / FILE)
+        """Write `layers.json` into the folder of a run, and return it.
 
+        However long the run, at most 200 moments of it are kept, evenly spread; visits and importance at the end are exact.
 
-def save(rotation: Rotation, path: Path) -> dict[str, Any]:
-    """Write and return the record of a run so far.
+        Returns:
+            layers: module path of each layer, as in the base model.
+            method: fields of the method.
+            updates, probes, skipped, seconds (of probes, in this process).
+            importance: per layer, higher is more important; None where the method learns none.
+            visits: updates in which each layer was trained.
+            learned: `[update, importance per layer]` after each probe.
+            draws: `[update, layers that train from then on]`.
+            trained: at: updates that bound the periods, from 0; share: per period and layer, of its updates that trained it.
 
-    However long the run, at most 200 moments of it are kept, evenly spread; visits and importance at the end are exact.
-
-    Args:
-        rotation: `tuner.rotation`.
-        path: of the JSON file; `intaglio inspect` looks for `layers.json` in a run's folder.
-
-    Returns:
-        layers: module path of each layer, as in the base model.
-        method: fields of the method.
-        updates, probes, skipped, seconds (of probes, in this process).
-        importance: per layer, higher is more important; None where the method learns none.
-        visits: updates in which each layer was trained.
-        learned: `[update, importance per layer]` after each probe.
-        draws: `[update, layers that train from then on]`.
-        trained: at: updates that bound the periods, from 0; share: per period and layer, of its updates that trained it.
-
-    Example:
-        >>> record = save(tuner.rotation, Path("runs/demo/layers.json"))
-    """
-    method, history = rotation.method, rotation.history
-    prefix = PREFIX if is_peft(rotation.model) else ""
-    updates = sum(rotation.visits) // method.active_count(len(rotation.layers))
-    record = {
-        "layers": [path.removeprefix(prefix) for path in rotation.layers.paths],
-        "method": method.to_dict(),
-        "updates": updates,
-        "probes": rotation.probes,
-        "skipped": rotation.skipped,
-        "seconds": rotation.seconds,
-        "importance": rotation.importance.tolist() if method.learns else None,
-        "visits": list(rotation.visits),
-        "learned": [[step, list(importance)] for step, importance, *_ in _thinned(history["probes"])],
-        "draws": [[step, list(active)] for step, active in _thinned(history["draws"])],
-        "trained": _trained(history["draws"], updates, len(rotation.layers)),
-    }
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    return record
+        Example:
+            >>> record = tuner.rotation.recorder().save(Path("runs/demo"))
+        """
+        rotation, method, history = self._rotation, self._rotation.method, self._rotation.history
+        prefix = PREFIX if is_peft(rotation.model) else ""
+        updates = sum(rotation.visits) // method.active_count(len(rotation.layers))
+        record = {
+            "layers": [path.removeprefix(prefix) for path in rotation.layers.paths],
+            "method": method.to_dict(),
+            "updates": updates,
+            "probes": rotation.probes,
+            "skipped": rotation.skipped,
+            "seconds": rotation.seconds,
+            "importance": rotation.importance.tolist() if method.learns else None,
+            "visits": list(rotation.visits),
+            "learned": [[step, list(importance)] for step, importance, *_ in _thinned(history["probes"])],
+            "draws": [[step, list(active)] for step, active in _thinned(history["draws"])],
+            "trained": _shares(history["draws"], updates, len(rotation.layers)),
+        }
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+        (folder / FILE).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+        return record
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -144,13 +148,13 @@ def to_csv(record: Mapping[str, Any], path: Path) -> Path:
 
 
 def _thinned(items: Sequence[Any]) -> list[Any]:
-    """At most `_POINTS` of them, evenly spread, the first and the last among them."""
+    """At most `_POINTS` of some items, evenly spread, the first and the last among them."""
     if len(items) <= _POINTS:
         return list(items)
     return [items[round(i * (len(items) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
 
 
-def _trained(draws: Sequence[Sequence[Any]], updates: int, total: int) -> dict[str, Any]:
+def _shares(draws: Sequence[Sequence[Any]], updates: int, total: int) -> dict[str, Any]:
     """The share of its updates in which each layer trained, per period of the run."""
     at = sorted({round(updates * i / _POINTS) for i in range(_POINTS + 1)})
     starts = torch.tensor([step for step, _ in draws])
@@ -168,21 +172,8 @@ def _trained(draws: Sequence[Sequence[Any]], updates: int, total: int) -> dict[s
 
 
 def _problem(record: Any) -> str | None:
-    """What is wrong with a record."""
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "layers": list,
-        "method": dict,
-        "updates": int,
-        "probes": int,
-        "skipped": int,
-        "seconds": (int, float),
-        "importance": (list, type(None)),
-        "visits": list,
-        "learned": list,
-        "draws": list,
-        "trained": dict,
-    }
-    wrong = [key for key, kind in kinds.items() if key not in record or not isinstance(record[key], kind)]
+    """The first fault of a record; None for a sound one."""
+    wrong = [key for key, kind in _KINDS.items() if key not in record or not isinstance(record[key], kind)]
     if wrong:
         return f"{wrong[0]} is missing or of the wrong kind"
     total = len(record["layers"])

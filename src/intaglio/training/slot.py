@@ -50,7 +50,7 @@ class Slot(nn.Module, ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str | None:
-        """Of the base values at the chosen entries, taken before training; None where none is chosen yet."""
+        """Fingerprint of the base values at the chosen entries, taken before training; None where none is chosen yet."""
 
     def write(self) -> None:
         """Write the values into the base weight."""

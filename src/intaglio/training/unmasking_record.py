@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import scores
-from ..core.budget import TopK, top_k
+from ..core.budget import TopK, top_k, without
 from ..core.entries import from_flat
 from ..core.files import read_mapping
 from ..core.selection import Selection
@@ -39,7 +38,9 @@ class UnmaskingRecord:
 
     def __init__(self, unmasking: Unmasking) -> None:
         self._unmasking, self._budget = unmasking, sum(unmasking.candidates.budgets)
-        self._smallest = top_k(_negative_sizes(unmasking), self._budget)
+        excluded = {name: slot.excluded for name, slot in unmasking.slots.items() if slot.excluded is not None}
+        negative_sizes = ((name, -scores.magnitude(slot.target)) for name, slot in unmasking.slots.items())
+        self._smallest = top_k(without(negative_sizes, excluded), self._budget)
         self._first: TopK | None = None  # of the largest gradients of the first update
         self.restart()
 
@@ -67,9 +68,31 @@ class UnmaskingRecord:
             others["largest first gradients (static |g|)"] = self._largest(self._first)
         overlaps = {name: chosen.overlap(other) for name, other in others.items()}
         overlap = {name: {"entries": n, "share": n / max(chosen.size, 1)} for name, n in overlaps.items()}
-        record = _record(self._unmasking) | {"overlap": overlap}
+        record = self._spent() | {"overlap": overlap}
         (folder / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return record
+
+    def _spent(self) -> dict[str, Any]:
+        """Where the budget went: per parameter how many entries were chosen by which update."""
+        unmasking, updates = self._unmasking, self._unmasking.step
+        at = sorted({round(updates * i / _POINTS) for i in range(1, _POINTS + 1)} - {0}) if updates else []
+        chosen, writes = {}, 0
+        for name, slot in unmasking.slots.items():
+            born = slot.held.born.long().cpu()
+            if born.numel():
+                chosen[name] = torch.bincount(born, minlength=updates + 1).cumsum(0)[at].tolist()
+                writes += int((updates + 1 - born).sum())
+        return {
+            "updates": updates,
+            "budget": self._budget,
+            "trained": unmasking.chosen,
+            "touched": unmasking.unmasked.size,
+            "writes": self._budget * updates if unmasking.method.chooses_anew else writes,
+            "accumulation": unmasking.updates.accumulation,
+            "at": at,
+            "chosen": chosen,
+            "shapes": {name: list(unmasking.slots[name].target.shape) for name in chosen},
+        }
 
     def _largest(self, first: TopK) -> Selection:
         slots, winners = list(self._unmasking.slots.values()), by_rank(*first.winners())
@@ -99,36 +122,3 @@ def read(path: Path) -> dict[str, Any] | None:
     if not {"updates", "chosen", "at", "overlap", "touched"} <= record.keys():
         raise ValueError(f"{path}: damaged, it lacks what a record of unmasking holds")
     return record
-
-
-def _negative_sizes(unmasking: Unmasking) -> Iterator[tuple[str, Tensor]]:
-    """−|w| of each candidate, −∞ where it is excluded."""
-    for name, slot in unmasking.slots.items():
-        score = -scores.magnitude(slot.target)
-        if slot.excluded is not None:
-            score.view(-1)[slot.excluded] = float("-inf")
-        yield name, score
-
-
-def _record(unmasking: Unmasking) -> dict[str, Any]:
-    updates = unmasking.step
-    at = sorted({round(updates * i / _POINTS) for i in range(1, _POINTS + 1)} - {0}) if updates else []
-    chosen, writes = {}, 0
-    for name, slot in unmasking.slots.items():
-        born = slot.held.born.long().cpu()
-        if born.numel():
-            chosen[name] = torch.bincount(born, minlength=updates + 1).cumsum(0)[at].tolist()
-            writes += int((updates + 1 - born).sum())
-    touched = unmasking.unmasked.size
-    anew = unmasking.method.chooses_anew
-    return {
-        "updates": updates,
-        "budget": sum(unmasking.candidates.budgets),
-        "trained": unmasking.chosen,
-        "touched": touched,
-        "writes": sum(unmasking.candidates.budgets) * updates if anew else writes,
-        "accumulation": unmasking.updates.accumulation,
-        "at": at,
-        "chosen": chosen,
-        "shapes": {name: list(unmasking.slots[name].target.shape) for name in chosen},
-    }

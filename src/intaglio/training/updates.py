@@ -24,7 +24,7 @@ _DIVIDES_BY_COUNT = ("Adafactor",)  # it takes the mean of a tensor's squares
 @final
 @dataclass(frozen=True)
 class Updates:
-    """How updates are made while entries are still being chosen.
+    """The way updates are made while entries are still being chosen.
 
     Args:
         accumulation: how the gradients of several backward passes per update add up. "none": there is one pass per update,
