@@ -54,7 +54,7 @@ FAULTS = [
         "return (gradient.abs() > least).nonzero()",
         "training",
     ),
-    ("training/growing_slot.py", "gone = ~torch.isin(index, offset)", "gone = torch.isin(index, offset)", "training"),
+    ("training/growing_slot.py", "gone = (~torch.isin(ever, offset))", "gone = (torch.isin(ever, offset))", "training"),
     ("training/rotation.py", "tensor.activate(True)", "tensor.activate(False)", "training"),
     ("adapter/overlay.py", "self._write(name, Piece(old.place, old.place.base))", "pass", "adapter"),
     ("adapter/delta.py", "differs = tuned != base", "differs = tuned == base", "adapter"),

@@ -78,12 +78,7 @@ class GrowingSlot(Slot):
         self.target.requires_grad_(True)
         handle = self.target.register_post_accumulate_grad_hook(hook)
         tied_weights.install(sharers)
-
-        def remove() -> None:
-            handle.remove()
-            tied_weights.remove(sharers)
-
-        self._remove = remove
+        self._remove = lambda: (handle.remove(), tied_weights.remove(sharers))
 
     def receive(self, gradient: Tensor) -> Tensor:
         """Add the chosen entries of a whole gradient, flat `[n]`, to theirs, which are returned. Drops a pending choice."""
@@ -107,9 +102,8 @@ class GrowingSlot(Slot):
         """
         n, m = self._index.numel(), offset.numel()
         self._remember()
-        fresh = self._fresh(offset, step)
         grad = self._gradient()
-        self._hold(self.held.joined(fresh))
+        self._hold(self.held.joined(self._fresh(offset, step)))
         self.values.grad = torch.cat([grad, gradient.to(grad)])
         self.source = torch.cat([torch.arange(n), torch.full((m,), -1)]).to(offset.device)
 
@@ -120,7 +114,10 @@ class GrowingSlot(Slot):
         place = find(self.index, offset)
         fresh = self._fresh(offset, step)
         fresh.keep_(self.held, place)
-        self.left = self._leaving(offset)
+        ever, base = self._ever()
+        gone = (~torch.isin(ever, offset)).nonzero().flatten()
+        gone = gone[ever[gone].argsort()]
+        self.left = (ever[gone].to(self._index), base[gone])
         self._hold(fresh)
         self.values.grad = gradient.to(self.values)
         self.source = place
@@ -230,13 +227,6 @@ class GrowingSlot(Slot):
     def _ever(self) -> tuple[Tensor, Tensor]:
         """Flat offsets, int64, and base values of all that was ever trained."""
         return torch.cat([self._index, self.left[0]]).long(), torch.cat([self._base, self.left[1]])
-
-    def _leaving(self, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """All that was trained once and is not among `offset`."""
-        index, base = self._ever()
-        gone = ~torch.isin(index, offset)
-        order = index[gone].argsort()
-        return index[gone][order].to(self._index), base[gone][order]
 
     def _remember(self) -> None:
         if self._before is None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..core.entries import Slices
 from ..core.selection import Selection
 from ..model.structure import is_transposed
-from .slot import FixedSlot, Slot
+from .fixed_slot import FixedSlot
+from .slot import Slot
 
 __all__ = ["Slots"]
 
