@@ -320,8 +320,10 @@ def test_a_base_that_no_folder_can_hold_is_refused(load, tmp_path):
 @bases(LINEAR)
 def test_supertuning_is_exact_in_stock_peft(load, tmp_path, name, dtype, kind):
     base, tuned = load(name, dtype), load(name, dtype)
-    linear = {id(m.weight) for m in base.modules() if type(m) is torch.nn.Linear}
-    names = [n for n, p in base.named_parameters() if id(p) in linear and "layer" in n and p.shape[0] > 8]  # no routers
+    linear = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear)}
+    names = [
+        n for n, p in base.named_parameters() if id(p) in linear and ("layer" in n or ".h." in n) and p.shape[0] > 8
+    ]  # no routers
     method = linear_only(BOTH, name) if kind == "slices" else Random(budget=0.02, include=tuple(names))
     delta, before = tune(tuned, name, method), state(base)
     result = to_supertuning(delta, base, tmp_path / "super")

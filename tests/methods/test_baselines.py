@@ -219,9 +219,10 @@ def test_bitfit_counts_are_the_papers():
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_bitfit_finds_every_bias(name):
-    """Of the projections, fused or not, of norms and the head, and DeBERTa's q_bias and v_bias."""
+    """Of the projections, fused or not, of norms, experts and the head, and DeBERTa's q_bias and v_bias."""
     model = tiny.build(name)
-    expected = {key for key, _ in model.named_parameters() if key.split(".")[-1] in ("bias", "q_bias", "v_bias")}
+    named = ("bias", "q_bias", "v_bias", "gate_up_proj_bias", "down_proj_bias")
+    expected = {key for key, _ in model.named_parameters() if key.split(".")[-1] in named}
     flat = {key for key, p in model.named_parameters() if p.dim() == 1}
     assert set(chosen(BitFit(tensors="one_dimensional"), model)) == flat
     if expected:

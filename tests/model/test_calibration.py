@@ -291,6 +291,25 @@ def test_the_product_ranks_by_both_norms():
         assert picked[projection.parameter].index.tolist() == sorted(expected.tolist())
 
 
+def test_a_decoder_counts_the_tokens_of_its_targets():
+    """Of an encoder-decoder model: padding of the source is left out of the encoder, padding of the target of the decoder."""
+    batch = tiny.batch("bart")
+    batch["attention_mask"][0, 8:] = 0
+    batch["labels"][:, 5:] = -100
+    short = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "labels": batch["labels"][:, :5].contiguous(),
+    }
+    model = tiny.build("bart")
+    layers = describe(model)
+    long, cut = (activation_norms(model, layers, Batches([given])) for given in (batch, short))
+    for key, norm in long.items():
+        torch.testing.assert_close(norm, cut[key], rtol=1e-5, atol=1e-6)
+    whole = activation_norms(model, layers, Batches([short | {"attention_mask": torch.ones_like(batch["attention_mask"])}]))
+    assert not torch.allclose(whole[layers[0].name, "channels"], cut[layers[0].name, "channels"])
+
+
 def test_a_probe_without_batches_is_refused():
     class Nothing:
         def batches(self):

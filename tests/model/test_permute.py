@@ -20,11 +20,12 @@ def logits(model, name, **more):
     batch = tiny.batch(name)
     batch["attention_mask"][0, 8:] = 0
     with torch.no_grad():
-        return model(**{k: v for k, v in (batch | more).items() if k != "labels"}).logits
+        return model(**{k: v for k, v in (batch | more).items() if k != "labels"})[0]
 
 
 def method(name, **fields):
-    return S2FT(**({"o": 0.5, "down": 0.25, "v": 0.5, "up": 0.4} | fields))
+    heads = {"o": None} if name in tiny.FIXED_HEADS else {"o": 0.5} if name == "gemma4_moe" else {"o": 0.5, "v": 0.5}
+    return S2FT(**({"down": 0.25, "up": 0.4} | heads | fields))
 
 
 def state_hash(model):
@@ -32,7 +33,7 @@ def state_hash(model):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", tiny.DESCRIBED)
 def test_outputs_stay_and_the_order_is_undone(name, seed):
     """S2FT checklist 1 and 2: < 1e-5 with randomised norms and biases, then every bit back."""
     model = tiny.build(name)
@@ -58,7 +59,21 @@ def test_outputs_stay_with_a_cache(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa_llama", "fused_phi3", "transposed_gpt2", "interleaved_neox", "qk_norm_olmo2", "mixtral", "bert"]
+    "name",
+    [
+        "gqa_llama",
+        "fused_phi3",
+        "transposed_gpt2",
+        "interleaved_neox",
+        "qk_norm_olmo2",
+        "mixtral",
+        "bert",
+        "grouped_falcon",
+        "experts_gpt_oss",
+        "latent_deepseek_v3",
+        "gated_qwen3_5",
+        "widths_gemma4",
+    ],
 )
 def test_index_and_permuted_form_train_the_same_weights(name):
     """S2FT checklist 4: equal gradients at the first step, equal weights after 20 (fp64)."""
@@ -196,6 +211,15 @@ def test_an_unknown_coupling_is_noticed():
         attach(model, S2FT(o=4, down=None, seed=1), permute=True)
     assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
     assert "intaglio_slots" not in model._modules
+
+
+@pytest.mark.parametrize("name", tiny.FIXED_HEADS)
+def test_heads_that_are_tied_to_their_places_are_noticed(name):
+    model = tiny.build(name)
+    base = state_hash(model)
+    with pytest.raises(ValueError, match="couples its heads"):
+        attach(model, S2FT(q=1, o=3, down=None, seed=3), permute=True)
+    assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
 
 
 def test_detach_twice_and_after_a_move():

@@ -46,7 +46,8 @@ def test_every_method_loads_everywhere(method, name, tmp_path):
     check_loaders(name, method, tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(set(tiny.MODELS) - {"deberta", *MOST}))
+# PEFT cannot wrap both GPT-OSS' attention, which holds its sinks, and the projections inside it.
+@pytest.mark.parametrize("name", sorted(set(tiny.MODELS) - {"deberta", "experts_gpt_oss", *MOST}))
 def test_whole_weights_reach_every_layout(name, tmp_path):
     """Every parameter through a wrapper: a module that read a weight past it would show."""
     check_loaders(name, "full", tmp_path)

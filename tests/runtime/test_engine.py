@@ -100,7 +100,11 @@ def test_tokens_are_those_of_peft_with_exported_loras(serve, adapters, tmp_path)
         assert answers.tokens(name) == row, name
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.CAUSAL if name != NAME])
+# transformers' continuous batching does not know Falcon's attention, nor caches whose keys and values differ in width.
+UNKNOWN = ("grouped_falcon", "latent_deepseek_v3", "widths_gemma4")
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.CAUSAL if name not in (NAME, *UNKNOWN)])
 def test_other_architectures(serve, tmp_path, name):
     model = tiny.build(name)
     store, deltas = AdapterStore(model), {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 
 from intaglio import Batches
 from intaglio.method_kinds.method import Method
+
+from .layouts import CHANNELS as CHANNELS
+from .layouts import FIXED_HEADS as FIXED_HEADS
+from .layouts import LAYOUTS, TRAITS
 
 COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 LLAMA = COMMON | {
@@ -74,6 +79,7 @@ CAUSAL: dict[str, Callable[[], tf.PreTrainedModel]] = {
             decoder_sparse_step=2,
         )
     ),
+    **TRAITS,
 }
 ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "bert": lambda: _encoder(tf.BertConfig, tf.BertForSequenceClassification),
@@ -84,17 +90,19 @@ ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "deberta_v2": lambda: _encoder(tf.DebertaV2Config, tf.DebertaV2ForSequenceClassification),
 }
 MODELS = CAUSAL | ENCODERS
-MIXTURES = ("mixtral", "qwen2_moe")  # all experts of a layer in one 3-D weight
+CLASSIFIERS = {*ENCODERS, "modernbert", "distilbert", "albert"}
+MIXTURES = ("mixtral", "qwen2_moe", "experts_gpt_oss", "latent_deepseek_v3")  # all experts of a layer in one 3-D weight
+DESCRIBED = ChainMap(MODELS, LAYOUTS)  # heads and channels of every layer
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tf.PreTrainedModel:
     """The named tiny model with every parameter randomised, norms, biases and padding rows too."""
     torch.manual_seed(seed)
-    model = MODELS[name]()
+    model = (DESCRIBED | CHANNELS)[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    if name in MIXTURES:
+    if name not in MODELS or name in MIXTURES:
         model.set_experts_implementation("eager")  # the default, grouped products, knows no fp64
     return model.to(dtype).eval()
 
@@ -102,8 +110,9 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tf
 def batch(name: str, *, rows: int = 3, length: int = 12, seed: int = 1) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 96, (rows, length), generator=generator)
-    labels = ids.clone() if name in CAUSAL else torch.randint(0, 2, (rows,), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    labels = ids.clone() if name not in CLASSIFIERS else torch.randint(0, 2, (rows,), generator=generator)
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return made | ({"decoder_input_ids": ids} if name == "t5" else {})
 
 
 def probe(name: str, method: Method) -> Batches | None:

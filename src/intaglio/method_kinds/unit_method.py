@@ -115,8 +115,10 @@ class UnitMethod(Method):
         for layer in layers:
             missing = [role for role in self.roles if role not in layer.projections]
             if missing:
+                why = f": {layer.unread}" if layer.unread and not {"q", "k", "v", "o"}.isdisjoint(missing) else ""
                 raise ValueError(
-                    f"{kind}: {layer.name} has no {', '.join(missing)} projection; it has {', '.join(layer.projections)}"
+                    f"{kind}: {layer.name} has no {', '.join(missing)} projection{why}; it has {', '.join(layer.projections)}: "
+                    f"give shares to what every layer has, and None to the rest (e.g. {missing[0]}=None)"
                 )
 
     def _free(self, layer: Layer, structure: str, exclude: Selection) -> list[int]:

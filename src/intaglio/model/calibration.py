@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from ..core.probe import IGNORED, Probe, batch_on, rows_of
 from .structure import Layer, Projection
 
-__all__ = ["STRUCTURES", "activation_norms", "gradient_means", "gradient_norms", "quiet", "units_of", "weight_norms"]
+__all__ = [
+    "STRUCTURES",
+    "activation_norms",
+    "decoder_of",
+    "gradient_means",
+    "gradient_norms",
+    "inputs_of",
+    "quiet",
+    "units_of",
+    "weight_norms",
+]
 
 # structure → (role that reads it, roles that share its units)
 STRUCTURES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -55,11 +65,12 @@ def activation_norms(
             attention mask do not agree, or for activations that are not finite.
     """
     squares: dict[str, Tensor] = {}
-    handles, mask = [], _Mask()
-    modules = dict(model.named_modules())
+    handles, mask, targets = [], _Mask(), _Mask()
+    modules, decoder = dict(model.named_modules()), decoder_of(model)
+    decoding = set() if decoder is None else set(decoder.modules())
 
-    def observe(parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        _add(squares, parameter, mask.select(inputs[0], parameter).double().square().sum(0))
+    def observe(parameter: str, own: _Mask, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        _add(squares, parameter, own.select(inputs[0], parameter).double().square().sum(0))
 
     for projection in _readers(layers, structures):
         name, _, leaf = projection.parameter.rpartition(".")
@@ -68,16 +79,30 @@ def activation_norms(
                 f"{projection.parameter}: holds all experts in one weight, so that the inputs of one channel cannot be seen; "
                 "select by 'weight', 'gradient' or 'random'"
             )
-        handles.append(modules[name].register_forward_pre_hook(partial(observe, projection.parameter)))
+        own = targets if modules[name] in decoding else mask
+        handles.append(modules[name].register_forward_pre_hook(partial(observe, projection.parameter, own)))
     try:
         with quiet(model):
             for batch in _on_device(model, probe):
-                mask.tokens = batch.get("attention_mask")
-                model(**{key: value for key, value in batch.items() if key != "labels"})
+                mask.tokens, labels = batch.get("attention_mask"), batch.get("labels")
+                targets.tokens = batch.get("decoder_attention_mask", None if labels is None else labels != IGNORED)
+                model(**inputs_of(model, batch))
     finally:
         for handle in handles:
             handle.remove()
     return _norms(layers, squares)
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of an encoder-decoder model, which has a batch's targets for tokens; None for other models."""
+    config: Any = getattr(model, "config", None)
+    return model.get_decoder() if getattr(config, "is_encoder_decoder", False) else None  # type: ignore[operator]
+
+
+def inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forward pass without a loss takes: all but the labels, unless a decoder's inputs are made of them."""
+    made = decoder_of(model) is not None and "decoder_input_ids" not in batch
+    return {key: value for key, value in batch.items() if key != "labels" or made}
 
 
 def gradient_norms(model: nn.Module, layers: list[Layer], probe: Probe, structures: Collection[str] = tuple(STRUCTURES)) -> Norms:

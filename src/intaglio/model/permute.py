@@ -18,7 +18,7 @@ from ..core.entries import Entries, Slices
 from ..core.fingerprint import fingerprint
 from ..core.probe import Probe, batch_on
 from ..core.selection import Selection
-from .calibration import quiet
+from .calibration import decoder_of, inputs_of, quiet
 from .structure import Layer, Projection, describe, refuse_shared
 
 __all__ = ["Layout", "co_permute"]
@@ -151,12 +151,13 @@ def _unit_orders(layer: Layer, selection: Selection) -> dict[str, Tensor]:
     channels = torch.stack([votes[role] for role in ffn]).sum(0)
     if channels.any():
         orders |= dict.fromkeys(ffn, channels.argsort(descending=True, stable=True))
-    if "o" not in roles:
+    if "k" not in roles:  # no heads, or heads whose keys another layer has
         return orders
-    shared, own = votes["k"] + votes["v"], (votes["q"] + votes["o"]).view(roles["k"].units, -1)
+    keys = [role for role in ("k", "v") if role in roles]
+    shared, own = torch.stack([votes[role] for role in keys]).sum(0), (votes["q"] + votes["o"]).view(roles["k"].units, -1)
     if shared.any() or own.any():
         groups, heads = _head_orders(shared, own)
-        orders |= {"k": groups, "v": groups, "q": heads, "o": heads}
+        orders |= dict.fromkeys(keys, groups) | {"q": heads, "o": heads}
     return orders
 
 
@@ -199,13 +200,16 @@ def _moves(
     projection = layer.projections[role]
     now, base = projection.places(torch.arange(projection.units)).flatten(), projection.places(units).flatten()
     yield projection.parameter, projection.dim, now, base
-    bias = projection.parameter.removesuffix("weight") + "bias"
-    if role not in ("o", "down") and bias in parameters and bias != projection.parameter:
-        yield bias, 0, now, base
-    alone = torch.arange(projection.units * projection.width).view(projection.units, -1)
+    alone = projection.parameter.endswith(".weight")
+    bias = projection.parameter.removesuffix("weight") + ("bias" if alone else "_bias")  # of all experts, [experts, out]
+    if role not in ("o", "down") and bias in parameters:
+        yield bias, parameters[bias].dim() - 1, now, base
+    positions = torch.arange(projection.units * projection.width).view(projection.units, -1)
     for follower in layer.followers.get(role, ()):
-        if parameters[follower].shape[0] == alone.numel():  # else it is shared by all heads, and stays
-            yield follower, 0, alone.flatten(), alone[units].flatten()
+        if parameters[follower].shape[0] == positions.numel():  # else it is shared by all heads, and stays
+            yield follower, 0, positions.flatten(), positions[units].flatten()
+    for name in layer.per_head if role == "q" else ():
+        yield name, 0, torch.arange(projection.units), units
 
 
 @torch.no_grad()
@@ -216,23 +220,23 @@ def _reorder_(parameter: nn.Parameter, dim: int, order: Tensor) -> None:
 def _sample(model: nn.Module, probe: Probe | None) -> dict[str, Any]:
     device = next(model.parameters()).device
     if probe is not None:
-        batch = next(iter(probe.batches()))
-        return batch_on({key: value for key, value in batch.items() if key != "labels"}, device)
+        return inputs_of(model, batch_on(next(iter(probe.batches())), device))
     config: Any = getattr(model, "config", None)
-    if config is None:
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+    if vocabulary is None or getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(
-            f"permute=True: {type(model).__name__} has no config to make a sample input from, and the outputs must be checked; "
-            "give attach a probe, e.g. probe=Batches([batch])"
+            f"permute=True: {type(model).__name__} has no config to make a sample input from, or reads more than token ids, and "
+            "the outputs must be checked; give attach a probe, e.g. probe=Batches([batch])"
         )
-    vocabulary = config.get_text_config().vocab_size
-    return {"input_ids": ((torch.arange(32) * 7 + 3) % vocabulary).view(2, 16).to(device)}
+    ids = ((torch.arange(32) * 7 + 3) % vocabulary).view(2, 16).to(device)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if decoder_of(model) is not None else {})
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, sample: Mapping[str, Any]) -> Tensor:
     with quiet(model):
         found = model(**sample)
-    return found if isinstance(found, Tensor) else found[0]
+    return found if isinstance(found, Tensor) else found["logits"] if "logits" in found else found[0]
 
 
 def _check_outputs(before: Tensor, after: Tensor) -> None:
