@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..training import rotation_record
 from .config import Config, load_config
 from .folder import read_run
 from .load import load
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["prune"]
 
@@ -52,23 +55,24 @@ def prune(run: Path, layers: int, output: Path | None = None, *, held_out: int =
     engine.check_prunable(adapter, record, layers)
     check_target(target, overwrite=overwrite)
     config = load_config(stored["config"], build=False) if held_out else None
-    rows = [] if config is None else _held_out(config)[:held_out]
-    if config is None or not rows:
+    rows = None if config is None else _held_out(config, held_out)
+    if config is None or rows is None:
         return {"rows": 0, **engine.prune(adapter, record, layers, target, overwrite=overwrite)}
     model, tokenizer = load(config, adapter)
     probe = _probe(config, model, tokenizer, rows)
     return {"rows": len(rows), **engine.prune(model, record, layers, target, probe=probe, overwrite=overwrite)}
 
 
-def _held_out(config: Config) -> list[dict[str, Any]]:
-    """Rows that the run has not trained on; none where it held out none."""
+def _held_out(config: Config, count: int) -> Dataset | None:
+    """Rows that the run has not trained on; None where it held out none."""
     from .data import load_examples
 
     wanted = config.evaluate is not None or str(config.train.get("eval_strategy", "no")) != "no"
-    return load_examples(config.data, hold_out=wanted).held_out
+    found = load_examples(config.data, hold_out=wanted).held_out
+    return None if found is None else found.select(range(min(count, len(found))))
 
 
-def _probe(config: Config, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
+def _probe(config: Config, model: Any, tokenizer: Any, rows: Dataset) -> Any:
     """The rows as training would have fed them."""
     from ..core.probe import Batches
     from ..hf.trainer import calibration_batches

@@ -229,7 +229,7 @@ def _is_over(state: Any, arguments: Any) -> bool:
 
 def _save(run: Run, trainer: Any) -> Path:
     """Write the adapter, and the logits that `verify` compares with."""
-    from .verify import save_check
+    from .verify import CHECKED, save_check
 
     adapter = run.output / folder.ADAPTER
     for recorder in run.recorders:
@@ -239,7 +239,7 @@ def _save(run: Run, trainer: Any) -> Path:
         run.tuner.detach()
     else:
         run.model.save_pretrained(str(adapter))
-    save_check(run.model, run.tokenizer, run.examples.held_out or run.examples.train, run.output / folder.CHECK)
+    save_check(run.model, run.tokenizer, run.examples.some(CHECKED), run.output / folder.CHECK)
     return adapter
 
 

@@ -16,9 +16,9 @@ from .load import load
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["save_check", "verify"]
+__all__ = ["CHECKED", "save_check", "verify"]
 
-_TOKENS, _PROMPTS = 32, 4
+CHECKED, _TOKENS = 4, 32  # rows of a run, and tokens of each
 
 
 def verify(run: Path) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def verify(run: Path) -> dict[str, Any]:
 @torch.no_grad()
 def save_check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], path: Path) -> None:
     """Keep the last tokens of a few rows, where rows of one task differ, and the logits that follow them."""
-    texts = [json.dumps(row, ensure_ascii=False) for row in rows[:_PROMPTS]]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
     ids = [tokenizer(text)["input_ids"][-_TOKENS:] for text in texts]
     shortest = min(map(len, ids))
     input_ids = torch.tensor([row[-shortest:] for row in ids])
