@@ -22,9 +22,8 @@ from .tasks import Verify, generated
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Examples", "Row", "Verify", "check_tokenizer", "load_examples"]
+__all__ = ["Examples", "Row", "Verify", "load_examples"]
 
 
 @dataclass(frozen=True)
@@ -108,20 +107,6 @@ def load_examples(block: DataBlock, *, hold_out: bool = True) -> Examples:
             raise ValueError(f"data: {block.train}: every prompt is also in the held-out rows; nothing is left to train on")
         train = train if len(kept) == len(train.data) else train.select(kept)
     return Examples(train.to_train_on(), None if test is None else test.to_train_on(), _scored(test), unused=train.unused)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
-    """Refuse conversations for a tokenizer that has no chat template.
-
-    Raises:
-        ValueError: naming what to do.
-    """
-    row = next(iter(examples.train))
-    if (not isinstance(row.get("prompt", ""), str) or "messages" in row) and not tokenizer.chat_template:
-        raise ValueError(
-            "data: the rows are conversations, and the model's tokenizer has no chat template; use an instruction-tuned "
-            "model, set train.chat_template_path, or give prompt and completion as strings with data.chat=false"
-        )
 
 
 def _stored(source: str, split: str, block: DataBlock) -> Stored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,44 @@ import torch
 
 from ..adapter.delta import Delta
 from ..adapter.folder import PEFT_TYPE, read_config
+from .config import Config, load_config
+from .folder import RESULT, read_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .config import Config
+__all__ = ["apply_adapter", "load", "stored_config"]
 
-__all__ = ["apply_adapter", "load"]
+
+def stored_config(run: Path, overrides: Sequence[str] = (), *, trust: bool = False) -> Config:
+    """The settings of a finished run, for a command that trains nothing.
+
+    Args:
+        run: the run's folder, which may come from somebody else.
+        overrides: `block.key=value` strings on top.
+        trust: let the folder's settings run code of its base's, as the user says on the command line; default False.
+
+    Raises:
+        ValueError: where `run` is no finished run, and where it asks for what would run code.
+    """
+    blocks = read_run(run)["config"]
+    asked = [key for key, value in (blocks.get("model") or {}).items() if _runs_code(key, value)]
+    if asked and not trust:
+        raise ValueError(
+            f"{run / RESULT}: model.{asked[0]}={blocks['model'][asked[0]]!r} would run code that this folder names; say "
+            "--trust-remote-code if you trust whoever made it"
+        )
+    return load_config(blocks, overrides, build=False)
+
+
+def _runs_code(key: str, value: Any) -> bool:
+    """Whether an argument of `from_pretrained` runs Python or native code from elsewhere, or unpickles it."""
+    kernels = key in ("attn_implementation", "experts_implementation") and "/" in str(value)
+    return (
+        kernels
+        or (key in ("trust_remote_code", "use_kernels", "kernel_config") and bool(value))
+        or (key == "weights_only" and value is False)
+    )
 
 
 def load(config: Config, adapter: Path | None) -> tuple[Any, Any]:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from .config import load_config
-from .folder import ADAPTER, CHECK, read_run
-from .load import load
+from .folder import ADAPTER, CHECK
+from .load import load, stored_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +20,12 @@ __all__ = ["CHECKED", "save_check", "verify"]
 CHECKED, _TOKENS = 4, 32  # rows of a run, and tokens of each
 
 
-def verify(run: Path) -> dict[str, Any]:
+def verify(run: Path, *, trust: bool = False) -> dict[str, Any]:
     """Reload a finished run's adapter onto a fresh base and compare logits with the trained model's.
+
+    Args:
+        run: its folder.
+        trust: as `load.stored_config`.
 
     Returns:
         run, adapter, `equal` (bit for bit), `max_difference` of a logit, and the number of prompts.
@@ -30,7 +33,7 @@ def verify(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: where `run` is no finished run, or its adapter is damaged or does not fit the base.
     """
-    config, adapter = load_config(read_run(run)["config"], build=False), run / ADAPTER
+    config, adapter = stored_config(run, trust=trust), run / ADAPTER
     model, _ = load(config, adapter)
     saved = safetensors.torch.load_file(run / CHECK)
     logits = _last_logits(model, saved["input_ids"])
