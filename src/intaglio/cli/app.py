@@ -38,9 +38,7 @@ Overrides = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Trust = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code", help="let the run's folder name code of its base's that is run: only of people you trust"
-    ),
+    typer.Option("--trust-remote-code", help="run code that the folder names: only of people you trust"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 

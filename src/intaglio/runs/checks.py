@@ -1,4 +1,4 @@
-"""What can be known to go wrong before the first step: model, tokenizer, lengths, packages, rows."""
+"""Checks before the first step, of all that can be known by then: model, tokenizer, lengths, packages, rows."""
 
 from __future__ import annotations
 
