@@ -3,6 +3,7 @@
     adapter_config.json         method, format version, and per parameter its kind, shape, counts and base fingerprint
     adapter_model.safetensors   per parameter: its values, and its indices (see `stored_index`); see `key`
     README.md                   model card
+    chat_template.jinja         the template it was trained with, where that is not its base's
 
 Keys and config are those that PEFT and transformers expect of an adapter, so that one folder serves `Delta.load`,
 `PeftModel.from_pretrained` and `model.load_adapter`. Nothing in it is ever executed or unpickled.
@@ -31,9 +32,23 @@ from ..core.version import VERSION
 from .names import PREFIX
 from .record import Record, stored_index
 
-__all__ = ["CONFIG", "FORMAT_VERSION", "PEFT_TYPE", "WEIGHTS", "Contents", "key", "read", "read_config", "tensors", "write"]
+__all__ = [
+    "CONFIG",
+    "FORMAT_VERSION",
+    "PEFT_TYPE",
+    "TEMPLATE",
+    "WEIGHTS",
+    "Contents",
+    "key",
+    "own_template",
+    "read",
+    "read_config",
+    "tensors",
+    "write",
+]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+TEMPLATE = "chat_template.jinja"  # by the name that transformers gives it
 PEFT_TYPE = "INTAGLIO"
 FORMAT_VERSION = 3
 
@@ -209,6 +224,12 @@ def _own_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config["method"], dict) or not hashed or not isinstance(config.get("of"), int | None):
         raise ValueError(f"{path}: damaged, method, sha256 or of is of the wrong type")
     return config
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template that an adapter was trained with, where it is not its base's."""
+    path = folder / TEMPLATE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _take(raw: dict[str, Tensor], name: str, kind: str) -> Tensor:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapter.folder import TEMPLATE
+from ..core.files import write_whole
 from . import folder
 from .checks import check_model, check_packages, check_tokenizer, rows_used
 from .config import UPDATES, AttachBlock, Config, load_config
@@ -266,6 +268,7 @@ def _save(run: Run, trainer: Any) -> Path:
     from .verify import CHECKED, save_check
 
     adapter = run.output / folder.ADAPTER
+    template = run.config.train.get("chat_template_path")
     for recorder in run.recorders:
         recorder.save(run.output)
     if run.tuner is not None:
@@ -273,6 +276,8 @@ def _save(run: Run, trainer: Any) -> Path:
         run.tuner.detach()
     else:
         run.model.save_pretrained(str(adapter))
+    if template is not None:  # a copied adapter still knows how it is asked
+        write_whole(adapter / TEMPLATE, str(run.tokenizer.chat_template).encode())
     save_check(run.model, run.tokenizer, run.examples.some(CHECKED), run.output / folder.CHECK)
     return adapter
 
