@@ -56,13 +56,12 @@ def check_packages(train: Mapping[str, Any], model: Mapping[str, Any]) -> None:
             raise ValueError(f"model.{key}: no quantized base can be trained yet; leave it out, e.g. with model.dtype=bfloat16")
 
 
-def check_model(config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
-    """Refuse a model that generates no text, and one that its tokenizer or the length of rows does not fit.
+def check_model(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that generates no text, and one that its tokenizer does not fit.
 
     Args:
         config: of the model.
         tokenizer: as it will be used.
-        max_length: tokens of a row at most; None for no limit.
 
     Raises:
         ValueError: with both numbers.
@@ -81,9 +80,6 @@ def check_model(config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
             f"model: the tokenizer has {tokens:,} tokens, the model {embeddings:,} embeddings; take the model's own tokenizer, "
             "or resize the embeddings and save the model first (a sparse adapter does not hold new rows)"
         )
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and max_length is not None and max_length > positions and not getattr(text, "rope_scaling", None):
-        raise ValueError(f"train.max_length={max_length}: the model has {positions:,} positions; set it to that at most")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
@@ -107,7 +103,7 @@ def rows_used(examples: Examples, trainer: Any) -> dict[str, Any]:
         rows and left_out (None where rows are packed, or come as a stream), unused (column → rows in which it is filled).
 
     Raises:
-        ValueError: where no row is left.
+        ValueError: where no row is left, or one is longer than the model has positions.
     """
     unused = dict(examples.unused)
     if unused:
@@ -124,7 +120,25 @@ def rows_used(examples: Examples, trainer: Any) -> dict[str, Any]:
         if used == 0:
             raise ValueError(said)
         warnings.warn(said, stacklevel=2)
+    _check_lengths(trainer)
     return {"rows": rows, "left_out": None if trainer.args.packing else rows - used, "unused": unused}
+
+
+def _check_lengths(trainer: Any) -> None:
+    """Refuse rows longer than the positions that a model has learned; where it computes them, they are only less sure."""
+    config = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config()
+    positions, limit = getattr(config, "max_position_embeddings", None), trainer.args.max_length
+    if positions is None or (limit is not None and limit <= positions):
+        return
+    longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
+    if longest <= positions:
+        return
+    said = f"data: the longest row has {longest:,} tokens, the model {positions:,} positions; set train.max_length={positions}"
+    rotary = getattr(config, "rope_parameters", None)
+    if not rotary:
+        raise ValueError(said)
+    if rotary.get("rope_type", "default") == "default":
+        warnings.warn(f"{said}, or scale its rotary embeddings", stacklevel=3)
 
 
 def _own_code(config: Any) -> Any:

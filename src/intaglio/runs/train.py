@@ -139,7 +139,7 @@ def _setup(config: Config, output: Path) -> Run:
     tokenizer = load_tokenizer(config.model.name, chat_template=arguments.chat_template_path, **config.model.kwargs())
     arguments.chat_template_path = None  # it is in the tokenizer now
     check_tokenizer(tokenizer, examples)
-    check_model(model_config(config.model.name, **config.model.kwargs()), tokenizer, arguments.max_length)
+    check_model(model_config(config.model.name, **config.model.kwargs()), tokenizer)
     model = load_model(config.model.name, device=arguments.device, **config.model.kwargs())
     settings = run_settings(config, arguments, base_digest(model))
     return Run(config, output, arguments, examples, tokenizer, model, exclude, settings)
