@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from . import ranks
 from .growing_slot import GrowingSlot
 
 __all__ = ["DenseNorm", "Passes"]
@@ -77,13 +78,14 @@ class DenseNorm:
 
     def add(self, gradient: Tensor) -> bool:
         """Add a parameter's gradient; False where its square is not finite."""
-        square = torch.linalg.vector_norm(gradient, dtype=torch.float32).cpu().double().square()
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        square = torch.linalg.vector_norm(gradient, dtype=wide).cpu().double().square()
         self._square = self._square + square
         return bool(square.isfinite())
 
     def settle(self) -> None:
-        """Note that the slots now hold the gradients of this update."""
-        self._selected = self._chosen()
+        """Note that the slots now hold the gradients of this update; every process has added its part."""
+        self._square, self._selected = ranks.total(self._square), self._chosen()
 
     def value(self) -> Tensor:
         """The norm, fp64 scalar; scaled, where the slots' gradients were since `settle` (by a `GradScaler`)."""

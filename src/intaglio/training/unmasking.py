@@ -8,6 +8,7 @@ result is bit for bit that of `UpdateMethod.choose_next` on whole gradients, wha
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -20,11 +21,10 @@ from ..core.entries import Whole
 from ..core.selection import Selection
 from ..method_kinds.update_method import UpdateMethod
 from ..model import peft_layers
-from . import tied_weights
+from . import ranks, tied_weights
 from .candidates import Candidates
 from .growing_slot import GrowingSlot
 from .passes import DenseNorm, Passes
-from .ranks import mean_gradient
 from .regime import Recorder, Regime, Wish, chooser_of, refuse_differing
 from .slot import Slot
 from .slots import Slots
@@ -56,6 +56,7 @@ class Unmasking(Regime[UpdateMethod]):
     """
 
     name = "unmasking"
+    averages = True
 
     def __init__(self, model: nn.Module, method: UpdateMethod, wish: Wish) -> None:
         if wish.permute or wish.selection is not None:
@@ -70,6 +71,7 @@ class Unmasking(Regime[UpdateMethod]):
         self._fixed: list[Slot] = []
         self._passes = Passes(self.slots)
         self._sums: dict[str, Tensor] = {}  # whole gradients, where they are kept until the update
+        self._sent: list[int] = []  # numbers of the candidates whose whole gradient went to the other processes
         self._damaged = self._watched = False
         self._norm = DenseNorm(self.slots) if self.updates.clip == "dense" else None
         self._steps = Steps(self.slots, self.updates)
@@ -91,7 +93,7 @@ class Unmasking(Regime[UpdateMethod]):
         return self.start.union(self.unmasked)
 
     def connect(self, slots: Slots) -> None:
-        self._fixed = [slots[name] for name in self.start]
+        self._all, self._fixed = slots, [slots[name] for name in self.start]
         for rank, slot in enumerate(self.slots.values()):
             slots.register(slot)
             slot.connect(partial(self._receive, rank, slot), self._sharers.get(id(slot.target), ()))
@@ -156,7 +158,7 @@ class Unmasking(Regime[UpdateMethod]):
         self._passes.seen.add(slot.name)
         gradient, target.grad = target.grad, None
         assert gradient is not None
-        flat = mean_gradient((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
+        flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
         if self.updates.accumulation == "exact" and (self.candidates.any_wanted() or self.updates.clip == "dense"):
             total = self._sums.get(slot.name)
             self._sums[slot.name] = flat.clone() if total is None else total.add_(flat)  # `flat` may share its storage
@@ -191,12 +193,17 @@ class Unmasking(Regime[UpdateMethod]):
 
     def _take(self, rank: int, slot: GrowingSlot, flat: Tensor) -> None:
         """Keep what is needed of one gradient, flat."""
-        finite = bool(slot.receive(flat).isfinite().all())
+        finite, first = bool(slot.receive(flat).isfinite().all()), 0
+        recorded = self._record is not None and self._record.looks
+        if self._norm is not None or recorded or self.candidates.any_wanted():
+            # Of the processes' mean each looks at a part of its own. Else nothing is sent but the chosen entries, at the end.
+            flat, first = ranks.scattered_mean(flat)
+            self._sent.append(rank)
         if self._norm is not None:
             finite = self._norm.add(flat) and finite
-        if self._record is not None:
-            self._record.see(rank, slot, flat)
-        self._damaged = not (finite and self.candidates.add(rank, slot, flat)) or self._damaged
+        if self._record is not None and recorded:
+            self._record.see(rank, slot, flat, first)
+        self._damaged = not (finite and self.candidates.add(rank, slot, flat, first)) or self._damaged
 
     @torch.no_grad()
     def _finish(self) -> None:
@@ -207,12 +214,11 @@ class Unmasking(Regime[UpdateMethod]):
             for rank, slot in ((rank, slot) for rank, slot in enumerate(slots) if slot.name in self._sums):
                 slot.clear()
                 self._take(rank, slot, self._sums[slot.name])
-        for gradient in (slot.values.grad for slot in self._fixed):
-            if gradient is not None:
-                gradient.copy_(mean_gradient(gradient))  # what earlier passes averaged stays as it is
-                self._damaged = self._damaged or not bool(gradient.isfinite().all())
         for slot in slots:
             slot.restore()
+        self._all.averaging.average([*slots, *self._fixed])  # what earlier passes averaged stays as it is
+        fixed = [slot.values.grad for slot in self._fixed if slot.values.grad is not None]
+        self._agree(self._damaged or not all(bool(gradient.isfinite().all()) for gradient in fixed))
         if self._damaged:
             self._show_damage()
         else:
@@ -221,6 +227,22 @@ class Unmasking(Regime[UpdateMethod]):
             self._passes.note(slot)
         if self._norm is not None:
             self._norm.settle()
+
+    def _agree(self, damaged: bool) -> None:
+        """Let what is damaged in one process be so in all; what each sent must be of the same weights in the same order.
+
+        Raises:
+            ValueError: in every process, where it was not.
+        """
+        sent = int.from_bytes(hashlib.sha256(repr(self._sent).encode()).digest()[:7], "big")
+        self._sent.clear()
+        found = ranks.rows(torch.tensor([damaged, sent]))
+        self._damaged = bool(found[:, 0].any())
+        if bool((found[:, 1] != sent).any()):
+            raise ValueError(
+                "the processes of this run formed gradients of different weights, or in another order, so that their mean is "
+                "none: a mixture's expert without tokens in one of them, say; give every process the same layers to run"
+            )
 
     def _show_damage(self) -> None:
         """Make it visible to whoever looks before the update, a `GradScaler` above all: every gradient is NaN."""
