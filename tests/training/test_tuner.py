@@ -213,7 +213,7 @@ def test_shared_layers_are_refused():
 def test_missing_projection_names_what_exists():
     with pytest.raises(ValueError, match=r"no gate projection; it has q, k, v, o, up, down"):
         attach(tiny.build("opt"), S2FT(gate=0.25))
-    with pytest.raises(ValueError, match="no o projection; it has up, down"):
+    with pytest.raises(ValueError, match="no o projection: its attention is not built like any known one; it has up, down"):
         attach(tiny.Homemade(), S2FT(o=0.5, down=0.25))
     assert attach(tiny.Homemade(), S2FT(o=None, down=0.25)).selection.size == 2 * 5 * 8
 

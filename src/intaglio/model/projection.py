@@ -1,4 +1,4 @@
-"""What is known of a layer: which heads and channels it has, and where each sits in the weights."""
+"""Heads and channels of a layer, and where each sits in the weights."""
 
 from __future__ import annotations
 
