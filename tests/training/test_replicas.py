@@ -1,4 +1,4 @@
-"""Every process holds the whole model (data parallelism): all methods are as one process with the whole batch, or refused by name.
+"""Every process holds the whole model (data parallelism): all methods are as one process, or refused by name.
 
 The rows of the distributed acceptance list that need no sharding: 1, 2, 3, 9, 10 and 11. Two processes here; `make distributed`
 runs them on two and four.

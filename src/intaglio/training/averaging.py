@@ -27,22 +27,21 @@ class Averaging:
     Args:
         model: whose forward passes show whether a wrapper stands around it.
         slots: all of the model.
+
+    Attributes:
+        waits: whether more passes of the same update follow, so that there is no hurry. A trainer that knows says so.
     """
 
     def __init__(self, model: nn.Module, slots: Sequence[Slot]) -> None:
         self._model, self._slots, self._task, self._is_wrapped = model, slots, -1, False
         self._handles: list[Any] = []
+        self.waits = False
         if ranks.count() == 1:
             return
         gathered = {id(tensor) for slot in slots if slot.is_gathered for tensor in (slot.values, slot.target)}
         names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in gathered]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         self._handles.append(model.register_forward_pre_hook(self._look))
-
-    @property
-    def all_gathered(self) -> bool:
-        """Whether nothing is left for DistributedDataParallel, which then refuses to wrap the model."""
-        return all(slot.is_gathered for slot in self._slots)
 
     def follow(self) -> None:
         """Average after every backward pass from now on."""
@@ -70,7 +69,11 @@ class Averaging:
         task = torch._C._current_graph_task_id()
         if task != self._task:  # the first gradient of this backward
             self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.average(self._slots))
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        if not self.waits:
+            self.average(self._slots)
 
 
 def refuse_apart(model: nn.Module, slots: Sequence[Slot]) -> None:
