@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,14 @@ def _enter(rank, world, port, folder, work, args):
 
 
 def on_processes(world, folder, work, *args):
-    """What `work(rank, world, *args)` returns on each of `world` processes."""
-    mp.spawn(_enter, args=(world, free_port(), str(folder), work, args), nprocs=world)
+    """What `work(rank, world, *args)` returns on each of `world` processes; those that wait for ever are killed."""
+    running = mp.spawn(_enter, args=(world, free_port(), str(folder), work, args), nprocs=world, join=False)
+    deadline = time.monotonic() + 600
+    while not running.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in running.processes:
+                process.kill()
+            raise TimeoutError(f"{work.__name__}: {world} processes wait for each other")
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
 
 
