@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -11,6 +12,9 @@ def main() -> None:
         from .cli import app
     except ModuleNotFoundError as error:
         sys.exit(f"intaglio: the command line needs {error.name!r}: pip install 'intaglio[train]'")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone is shown the rest
     app()
 
 

@@ -29,7 +29,7 @@ def test_held_out_questions_are_new_and_distinct():
 
 
 def test_tasks_are_deterministic_and_seeds_lie_far_apart():
-    assert task().train == task().train
+    assert list(task().train) == list(task().train)
     assert [r["item"] for r in task().test] == [r["item"] for r in task().test]
     # Neighbouring seeds would share 299 of 300 items if items were taken from seed + i alone.
     here, next_ = ({row["prompt"] for row in task(seed=seed, settings=SUMS | {"max_digits": 4}).test} for seed in (0, 1))
@@ -80,12 +80,12 @@ def test_files(tmp_path, kind):
     held_out = [{"prompt": f"new {i}", "completion": f" a{i}"} for i in range(3)]
     train, test = write(tmp_path / f"train.{kind}", ROWS), write(tmp_path / f"test.{kind}", held_out)
     examples = load_examples(block(train=train, test=test))
-    assert examples.train == ROWS
-    assert examples.test == [{"prompt": f"new {i}", "answer": f"a{i}"} for i in range(3)]
+    assert list(examples.train) == ROWS
+    assert list(examples.test) == [{"prompt": f"new {i}", "answer": f"a{i}"} for i in range(3)]
     assert examples.verify is None
     sets = examples.datasets()
     assert list(sets["train_dataset"]) == ROWS
-    assert list(sets["eval_dataset"]) == examples.held_out == held_out
+    assert list(sets["eval_dataset"]) == list(examples.held_out) == held_out
 
 
 def test_held_out_rows_leave_the_training_rows(tmp_path):
@@ -111,8 +111,9 @@ def test_formats_columns_and_chat(tmp_path):
     assert wrapped["prompt"][0]["role"] == "user"
     assert wrapped["completion"] == [{"role": "assistant", "content": wrapped["completion"][0]["content"]}]
     text = load_examples(block(train=write(tmp_path / "t.jsonl", [{"text": "abc"}] * 3)))
-    assert text.train == [{"text": "abc"}] * 3
-    assert text.test == text.held_out == []
+    assert list(text.train) == [{"text": "abc"}] * 3
+    assert len(text.test) == 0
+    assert text.held_out is None
 
 
 def test_bad_files(tmp_path):
@@ -141,15 +142,16 @@ def test_files_leak_no_prompt_into_training(tmp_path):
     examples = load_examples(block(train=write(tmp_path / "x.jsonl", same + other), test_size=4))
     assert not {r["prompt"] for r in examples.train} & {r["prompt"] for r in examples.held_out}
     examples = load_examples(block(train=write(tmp_path / "y.jsonl", ROWS), test=write(tmp_path / "z.jsonl", ROWS[:2])))
-    assert examples.train == ROWS[2:]
+    assert list(examples.train) == ROWS[2:]
     with pytest.raises(ValueError, match="nothing is left to train on"):
         load_examples(block(train=write(tmp_path / "s.jsonl", same), test_size=2))
 
 
 def test_rows_all_train_where_nothing_is_held_out(tmp_path):
     examples = load_examples(block(train=write(tmp_path / "x.jsonl", ROWS)), hold_out=False)
-    assert examples.train == ROWS
-    assert examples.test == examples.held_out == []
+    assert list(examples.train) == ROWS
+    assert len(examples.test) == 0
+    assert examples.held_out is None
 
 
 def test_numbers_gaps_and_extra_columns(tmp_path):

@@ -7,20 +7,23 @@ trained model and revert exactly the base, in any type, any number of times. Its
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from ..core.entries import Entries
+from ..core.entries import Entries, Whole
 from ..core.fingerprint import fingerprint, is_attached
 from ..core.selection import Selection
 from ..model.wrappers import unwrapped
 from . import folder
+from .rest import Rest
 
 __all__ = ["Delta", "refuse_tuner"]
+
+_APPLIED = "_intaglio_applied"  # attribute of a model: the Deltas that stand in it
 
 
 @final
@@ -34,6 +37,7 @@ class Delta:
         method: the method that trained it, `{"name": …, fields}`; for the record only.
         base: name of the base model, as `from_pretrained` takes it; or None.
         of: number of weights in the whole base model; None where it is not known.
+        rest: of the base, which is checked where this is applied; None: it is not known.
 
     Raises:
         ValueError: naming the parameter, where shapes disagree or a value is not finite.
@@ -47,9 +51,10 @@ class Delta:
         method: Mapping[str, Any] | None = None,
         base: str | None = None,
         of: int | None = None,
+        rest: Rest | None = None,
     ) -> None:
         self.selection, self.values, self.fingerprints = selection, dict(values), dict(fingerprints)
-        self.method, self.base, self.of = dict(method or {}), base, of
+        self.method, self.base, self.of, self.rest = dict(method or {}), base, of, rest
         self._originals: dict[str, Tensor] | None = None
         for name, entries in selection.items():
             _check_values(name, entries, self.values.get(name))
@@ -73,6 +78,7 @@ class Delta:
             self._write(model, originals)
             raise
         self._originals = originals
+        vars(unwrapped(model)).setdefault(_APPLIED, []).append(self)
 
     def revert_(self, model: nn.Module) -> None:
         """Put the base's values back, bit for bit.
@@ -96,6 +102,8 @@ class Delta:
             raise ValueError(f"{first}: the model no longer holds this Delta's values; was it applied to another model?")
         self._write(model, self._originals)
         self._originals = None
+        applied = vars(unwrapped(model)).get(_APPLIED, [])
+        applied[:] = [delta for delta in applied if delta is not self]
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the adapter folder; see `folder.write` for what a crash can leave. Returns the folder."""
@@ -121,15 +129,30 @@ class Delta:
             _check_parameter(name, parameter, self.selection[name], self.values[name].dtype)
         return found
 
+    def check_rest(self, model: nn.Module, besides: Collection[str] = ()) -> None:
+        """Refuse a base whose other parameters are not those that this was trained over, as far as that is known.
+
+        Args:
+            model: the base.
+            besides: names of parameters that another adapter changes now; those that Deltas have changed are known.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        if self.rest is not None:
+            applied = {name for delta in vars(unwrapped(model)).get(_APPLIED, []) for name in delta.selection}
+            self.rest.check(unwrapped(model), self.selection, applied.union(besides))
+
     def originals(self, model: nn.Module) -> dict[str, Tensor]:
         """The base's values at this Delta's places, copied from `model`, which must hold the base there.
 
         Raises:
-            ValueError: as `parameters`, and where the model holds other values (a wrong base).
+            ValueError: as `parameters` and `check_rest`, and where the model holds other values (a wrong base).
         """
         found = {name: self.selection[name].to(p.device).gather(p) for name, p in self.parameters(model).items()}
         for name, values in found.items():
             self.check_base(name, values)
+        self.check_rest(model)
         return found
 
     def check_base(self, name: str, values: Tensor) -> None:
@@ -138,6 +161,8 @@ class Delta:
         Raises:
             ValueError: naming the parameter.
         """
+        if isinstance(self.selection[name], Whole):
+            return  # nothing of what was there is left
         found = fingerprint(values)
         if found != self.fingerprints[name]:
             raise ValueError(
@@ -151,7 +176,7 @@ class Delta:
         return sum(t.numel() * t.element_size() for t in folder.tensors(self._contents()).values())
 
     def _contents(self) -> folder.Contents:
-        return folder.Contents(self.selection, self.values, self.fingerprints, self.method, self.base, self.of)
+        return folder.Contents(self.selection, self.values, self.fingerprints, self.method, self.base, self.of, self.rest)
 
     def __repr__(self) -> str:
         return f"Delta({self.method.get('name', '?')}, {self.selection!r}, base={self.base!r})"

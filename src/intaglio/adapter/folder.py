@@ -3,6 +3,7 @@
     adapter_config.json         method, format version, and per parameter its kind, shape, counts and base fingerprint
     adapter_model.safetensors   per parameter: its values, and its indices (see `stored_index`); see `key`
     README.md                   model card
+    chat_template.jinja         the template it was trained with, where that is not its base's
 
 Keys and config are those that PEFT and transformers expect of an adapter, so that one folder serves `Delta.load`,
 `PeftModel.from_pretrained` and `model.load_adapter`. Nothing in it is ever executed or unpickled.
@@ -30,10 +31,27 @@ from ..core.selection import Selection
 from ..core.version import VERSION
 from .names import PREFIX
 from .record import Record, stored_index
+from .rest import Rest
 
-__all__ = ["CONFIG", "FORMAT_VERSION", "PEFT_TYPE", "WEIGHTS", "Contents", "key", "read", "read_config", "tensors", "write"]
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "FORMAT_VERSION",
+    "PEFT_TYPE",
+    "TEMPLATE",
+    "WEIGHTS",
+    "Contents",
+    "card",
+    "key",
+    "own_template",
+    "read",
+    "read_config",
+    "tensors",
+    "write",
+]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+TEMPLATE = "chat_template.jinja"  # by the name that transformers gives it
 PEFT_TYPE = "INTAGLIO"
 FORMAT_VERSION = 3
 
@@ -48,6 +66,7 @@ class Contents:
     method: Mapping[str, Any]
     base: str | None
     of: int | None = None
+    rest: Rest | None = None
 
 
 def key(parameter: str, kind: str) -> str:
@@ -76,7 +95,8 @@ def write(contents: Contents, directory: str | os.PathLike[str]) -> Path:
         (folder / WEIGHTS).write_bytes(raw)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         if (target / CONFIG).exists() or not (target / CARD).exists():  # else that README is somebody else's
-            (folder / CARD).write_text(_card(contents), encoding="utf-8")
+            text = card(contents.base, contents.method, contents.selection.size, len(contents.selection))
+            (folder / CARD).write_text(text, encoding="utf-8")
         publish(folder, target, last=(CONFIG,))
     return target
 
@@ -116,8 +136,8 @@ def _parse(path: Path, config: dict[str, Any], content: bytes) -> Contents:
     if raw:
         hint = "" if not config.get("modules_to_save") else "; it trains whole modules too (modules_to_save): use PeftModel"
         raise ValueError(f"{path}: holds {next(iter(raw))!r}, which {CONFIG} does not name{hint}")
-    base, of = config["base_model_name_or_path"], config.get("of")
-    return Contents(Selection(selection), values, fingerprints, config["method"], base, of)
+    base, of, rest = config["base_model_name_or_path"], config.get("of"), Rest.parse(config.get("rest"))
+    return Contents(Selection(selection), values, fingerprints, config["method"], base, of, rest)
 
 
 def tensors(contents: Contents) -> dict[str, Tensor]:
@@ -144,16 +164,18 @@ def _config(contents: Contents) -> dict[str, Any]:
             name: Record.of(entries, contents.values[name].dtype, contents.fingerprints[name]).to_dict()
             for name, entries in contents.selection.items()
         },
+        "rest": None if contents.rest is None else contents.rest.to_dict(),
     }
 
 
-def _card(contents: Contents) -> str:
+def card(base: str | None, method: Mapping[str, Any], entries: int, parameters: int) -> str:
+    """The model card of an adapter."""
     return _CARD.format(
-        base=contents.base or "BASE",
-        method=contents.method.get("name", "delta"),
-        fields=json.dumps(contents.method),
-        entries=f"{contents.selection.size:,}",
-        parameters=len(contents.selection),
+        base=base or "BASE",
+        method=method.get("name", "delta"),
+        fields=json.dumps(method),
+        entries=f"{entries:,}",
+        parameters=parameters,
     )
 
 
@@ -209,6 +231,12 @@ def _own_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config["method"], dict) or not hashed or not isinstance(config.get("of"), int | None):
         raise ValueError(f"{path}: damaged, method, sha256 or of is of the wrong type")
     return config
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template that an adapter was trained with, where it is not its base's."""
+    path = folder / TEMPLATE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _take(raw: dict[str, Tensor], name: str, kind: str) -> Tensor:

@@ -7,7 +7,7 @@ had changed the weights, then writes its own values: nothing is added or subtrac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 from weakref import WeakValueDictionary
@@ -62,6 +62,11 @@ class Overlay:
         self._places: WeakValueDictionary[tuple[object, ...], Place] = WeakValueDictionary()
         self._seen: dict[str, tuple[nn.Parameter, int]] = {}
         self._turned: set[str] = set()
+
+    @property
+    def moved(self) -> Collection[str]:
+        """Parameters whose positions do not lie as in the base."""
+        return self._layout.orders
 
     @property
     def standing(self) -> dict[str, Piece]:

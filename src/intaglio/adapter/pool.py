@@ -252,6 +252,7 @@ class _Prepared(Shelf[dict[str, Piece]]):
         self.check(delta.selection)
         for name, entries in delta.selection.items():
             delta.check_base(name, self._overlay.originals(name, entries))
+        delta.check_rest(self._model, besides=[*self._overlay.standing, *self._overlay.moved])
         return {name: self._overlay.piece(name, entries, delta.values[name]) for name, entries in delta.selection.items()}
 
     def _read(self, folder: Path) -> dict[str, Piece]:

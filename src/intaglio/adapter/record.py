@@ -14,6 +14,8 @@ from . import packing
 
 __all__ = ["Record", "stored_index"]
 
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a base which is trained can have
+
 
 @final
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Record:
         shape, dtype = fields.get("shape"), getattr(torch, str(fields.get("dtype")), None)
         if not isinstance(shape, list | tuple) or not all(_is_count(n) for n in shape):
             raise ValueError(f"{name}: damaged adapter: shape {shape!r} is no list of sizes")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if 0 in shape or torch.Size(shape).numel() >= 2**62:
+            raise ValueError(f"{name}: damaged adapter: shape {list(shape)} is that of no parameter")
+        if dtype not in _TYPES:
             raise ValueError(f"{name}: damaged adapter: {fields.get('dtype')!r} is no floating-point type")
         dim = fields.get("dim") if kind == "slices" else None
         indices = None if kind == "whole" else fields.get("indices")
@@ -66,6 +70,9 @@ class Record:
             raise ValueError(f"{name}: damaged adapter: dim={dim!r} does not fit shape {list(shape)}")
         if kind != "whole" and not (_is_count(indices) and indices > 0):
             raise ValueError(f"{name}: damaged adapter: indices={indices!r} is no count")
+        places = torch.Size(shape).numel() if dim is None else shape[dim]
+        if indices is not None and indices > places:
+            raise ValueError(f"{name}: damaged adapter: {indices} indices of {places} places")
         return cls(kind, tuple(shape), dtype, fields["fingerprint"], dim, indices)
 
     def to_dict(self) -> dict[str, Any]:

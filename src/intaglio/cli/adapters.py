@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..export.forms import FORMS, help_of
-from .app import Debug, Json, app, finish, guarded
+from .app import Debug, Json, Trust, app, finish, guarded
 
 
 @app.command()
@@ -24,6 +24,7 @@ def export(
     text: Annotated[Path | None, typer.Option(help=help_of("text"))] = None,
     max_loss: Annotated[float | None, typer.Option(help=help_of("max_loss"))] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export in the output folder")] = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -41,7 +42,7 @@ def export(
         from ..runs.export import export as run
 
         options = {"dtype": dtype, "ragged": ragged, "fill_layers": fill_layers, "rank": rank, "text": text, "max_loss": max_loss}
-        return run(adapter, to, output, base=base, overwrite=overwrite, **options)
+        return run(adapter, to, output, base=base, overwrite=overwrite, trust=trust, **options)
 
     result = guarded(work, debug)
     finish(result, as_json, FORMS[to].table)
@@ -85,6 +86,7 @@ def prune(
         int, typer.Option("--rows", help="held-out rows to take the loss on; 0: no loss, and no model is loaded")
     ] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in the output folder")] = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -104,7 +106,7 @@ def prune(
     def work() -> dict[str, Any]:
         from ..runs.prune import prune as run_prune
 
-        return run_prune(run, layers, output, held_out=rows, overwrite=overwrite)
+        return run_prune(run, layers, output, held_out=rows, overwrite=overwrite, trust=trust)
 
     finish(guarded(work, debug), as_json, "prune")
 

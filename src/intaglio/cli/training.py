@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Debug, Json, Overrides, RunFile, app, finish, guarded
+from .app import Debug, Json, Overrides, RunFile, Trust, app, finish, guarded
 
 
 @app.command()
@@ -52,6 +52,7 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="adapter folder to apply; default the run folder's own, none for a run file")
     ] = None,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -67,21 +68,24 @@ def evaluate(
     def work() -> dict[str, Any]:
         from ..runs.score import score
 
-        return score(run, overrides or (), adapter)
+        return score(run, overrides or (), adapter, trust=trust)
 
     finish(guarded(work, debug), as_json, "score")
 
 
 @app.command()
 def verify(
-    run: Annotated[Path, typer.Argument(help="folder of a finished run")], as_json: Json = False, debug: Debug = False
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    trust: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Reload a run's adapter onto a fresh base and compare its logits with the trained model's, bit for bit."""
 
     def work() -> dict[str, Any]:
         from ..runs.verify import verify as check
 
-        return check(run)
+        return check(run, trust=trust)
 
     result = guarded(work, debug)
     finish(result, as_json, "verify")

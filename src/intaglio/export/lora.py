@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -139,10 +140,13 @@ def slices_of(selection: Selection) -> dict[str, Slices]:
     found = {n: e for n, e in selection.items() if isinstance(e, Slices) and len(e.shape) == 2}
     kinds = {n: e.kind for n, e in selection.items() if n not in found}
     problems = [f"{n}: holds {k} of a tensor of shape {list(selection[n].shape)}" for n, k in kinds.items()]
+    # Other forms take scattered entries, but of linear weights only. Which weights are such the model would say, and it is not
+    # read yet: matrices inside numbered layers are, but an embedding or a norm is not.
+    linear = all(len(e.shape) == 2 and re.search(r"\.\d+\..*weight$", name) for name, e in selection.items())
     scattered = (
         "use --to supertuning (scattered entries of linear weights), --to approximate-lora (its loss measured) or --to merged"
     )
-    advice = scattered if "elements" in kinds.values() else "use --to merged"
+    advice = f"use {forms}" if "elements" in kinds.values() and linear else "use --to merged"
     refuse_parameters(problems, "LoRA, which takes rows or columns of linear weights", advice)
     return found
 

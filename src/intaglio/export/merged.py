@@ -58,14 +58,14 @@ def to_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
         reloaded = _reload(model, folder)
-        again = answer(reloaded, reference.tokens[:, : reference.tokens.shape[1] - reference.generated])
+        again = answer(reloaded, reference.prompt)
         if not torch.equal(again.logits, reference.logits):
             difference = (again.logits - reference.logits).abs().max().item()
             raise InexactExport(
                 f"the reloaded model is not identical: a logit differs by {difference:.1e}. Was the base cast after loading? "
                 "That casts buffers which no folder keeps; load it with dtype=… instead"
             )
-        tokens = len(reference.tokens) * reference.generated
+        tokens = len(reference.inputs.given) * reference.generated
         figures = {"to": "merged", "parameters": len(reloaded.state_dict()), "max_difference": 0.0, "tokens": tokens}
         return write_marker(folder, directory, delta, figures)
 

@@ -81,7 +81,8 @@ def export_peft(
 
 def address(config: Any, delta: Delta, model: Any, targets: list[str]) -> Any:
     """A PEFT config that names its base, what the base is for, and the modules that it changes."""
-    config.task_type = "CAUSAL_LM" if model.can_generate() else None
+    kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    config.task_type = kind if model.can_generate() else None
     config.base_model_name_or_path, config.inference_mode = delta.base, True
     config.target_modules = targets  # not given at the start, as PEFT makes a set of it, whose order on disk would be chance
     return config

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapter.delta import Delta
 
-__all__ = ["Answer", "InexactExport", "answer", "applied", "compare", "prompts", "tuned_answer"]
+__all__ = ["Answer", "InexactExport", "Inputs", "answer", "applied", "compare", "prompts", "tuned_answer"]
 
 _LENGTH, _NEW, _DRAWN = 8, 16, 4  # tokens per prompt, tokens generated, prompts drawn at random
 _TEXTS = (
@@ -29,18 +29,46 @@ class InexactExport(ValueError):
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a model is asked.
+
+    Attributes:
+        name: the argument that answers go on from (`input_ids`; `decoder_input_ids` where there is an encoder), or that is
+            looked at (`pixel_values`).
+        given: its value, of which the first dimension counts prompts; tokens are int64 `[prompts, tokens]`.
+        fixed: other arguments.
+    """
+
+    name: str
+    given: Tensor
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def logits(self, model: Any) -> Tensor:
+        """A model's first output, in fp32 on the CPU."""
+        mask = {"attention_mask": torch.ones_like(self.given)} if self.name == "input_ids" else {}
+        arguments = {self.name: self.given, **mask, **self.fixed}
+        return model(**{name: tensor.to(model.device) for name, tensor in arguments.items()})[0].float().cpu()
+
+
+@dataclass(frozen=True)
 class Answer:
     """A model's greedy continuation and its logits.
 
     Attributes:
-        tokens: prompts and what follows them, int64 `[prompts, tokens]`.
-        logits: at every one of them, fp32 `[prompts, tokens, vocabulary]` (a classifier's: `[prompts, classes]`).
+        inputs: prompts and what follows them.
+        logits: at every token of them, fp32 `[prompts, tokens, vocabulary]` (a classifier's: `[prompts, classes]`).
         generated: how many of the tokens of a row the model chose; 0 for a model that generates none.
     """
 
-    tokens: Tensor
+    inputs: Inputs
     logits: Tensor
     generated: int
+
+    @property
+    def prompt(self) -> Inputs:
+        """The inputs without what was generated."""
+        given = self.inputs.given
+        return replace(self.inputs, given=given[:, : given.shape[1] - self.generated] if self.generated else given)
 
     @property
     def tolerance(self) -> float:
@@ -62,31 +90,52 @@ def applied(delta: Delta, model: Any) -> Iterator[Any]:
         delta.revert_(model)
 
 
-def prompts(model: Any, tokenizer: Any = None) -> Tensor:
-    """Fixed prompts within the model's vocabulary: a few drawn at random, a few texts where there is a tokenizer.
+def prompts(model: Any, tokenizer: Any = None) -> Inputs:
+    """Fixed inputs that a model takes: 8 tokens drawn at random, a few texts where there is a tokenizer; or pictures of noise.
 
-    Returns:
-        int64 `[prompts, 8]`.
+    Raises:
+        ValueError: for a model that takes something else, such as sound.
     """
+    generator = torch.Generator().manual_seed(0)
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        config = getattr(model.config, "vision_config", model.config)
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pictures = torch.randn(_DRAWN, getattr(config, "num_channels", 3), height, width, generator=generator)
+        return Inputs(main, pictures.to(model.dtype))
+    if main != "input_ids":
+        raise ValueError(f"{type(model).__name__} takes {main}: an export can be checked with tokens or pictures only")
     vocabulary = model.get_input_embeddings().num_embeddings
-    drawn = torch.randint(0, vocabulary, (_DRAWN, _LENGTH), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(0, vocabulary, (_DRAWN, _LENGTH), generator=generator)
     texts = [] if tokenizer is None else [tokenizer(text)["input_ids"][:_LENGTH] for text in _TEXTS]
     fitting = [row for row in texts if len(row) == _LENGTH and max(row) < vocabulary]
-    return torch.cat([drawn, torch.tensor(fitting, dtype=torch.int64).reshape(-1, _LENGTH)])
+    tokens = torch.cat([drawn, torch.tensor(fitting, dtype=torch.int64).reshape(-1, _LENGTH)])
+    if not model.config.is_encoder_decoder:
+        return Inputs("input_ids", tokens)
+    return Inputs("decoder_input_ids", tokens.flip(1), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
 
 
 @torch.no_grad()
-def answer(model: Any, tokens: Tensor) -> Answer:
+def answer(model: Any, inputs: Inputs) -> Answer:
     """Continue prompts greedily, without a cache, and keep the logits.
+
+    A model whose earlier tokens see later ones (the prefix of PaliGemma) gives other logits in one pass than token by token;
+    of such a one the tokens do not count.
 
     Args:
         model: in evaluation mode.
-        tokens: prompts, int64 `[prompts, 8]`.
+        inputs: of `prompts`.
     """
-    generated = _NEW if model.can_generate() else 0
-    for _ in range(generated):
-        tokens = torch.cat([tokens, _logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
-    return Answer(tokens, _logits(model, tokens), generated)
+    generates = model.can_generate() and inputs.name != "pixel_values"
+    steps, start = [], inputs.given.shape[1]
+    for _ in range(_NEW if generates else 0):
+        steps.append(inputs.logits(model)[:, -1:])
+        inputs = replace(inputs, given=torch.cat([inputs.given, steps[-1].argmax(-1)], dim=1))
+    found = Answer(inputs, inputs.logits(model), len(steps))
+    if steps and (torch.cat(steps, 1) - found.logits[:, start - 1 : -1]).abs().max().item() > found.tolerance:
+        return replace(found, generated=0)
+    return found
 
 
 def tuned_answer(delta: Delta, model: Any, tokenizer: Any = None) -> tuple[Any, Answer]:
@@ -116,20 +165,15 @@ def compare(reference: Answer, model: Any) -> dict[str, Any]:
     Raises:
         InexactExport: where a logit or a token differs.
     """
-    logits, n = _logits(model, reference.tokens), reference.generated
+    logits, n = reference.inputs.logits(model), reference.generated
     difference, tolerance = (logits - reference.logits).abs().max().item(), reference.tolerance
     if not difference <= tolerance:  # catches NaN too
         raise InexactExport(f"the export is not exact: a logit differs by {difference:.1e}, allowed are {tolerance:.1e}")
     if n == 0:
         return {"max_difference": difference, "tolerance": tolerance, "tokens": 0}
-    chosen, expected = logits[:, -n - 1 : -1].argmax(-1), reference.tokens[:, -n:]
+    chosen, expected = logits[:, -n - 1 : -1].argmax(-1), reference.inputs.given[:, -n:]
     best = reference.logits[:, -n - 1 : -1].topk(2).values
     decided = (best[..., 0] - best[..., 1]) > 2 * tolerance
     if not torch.equal(chosen[decided], expected[decided]):
         raise InexactExport("the export is not exact: it generates other tokens than the tuned model")
     return {"max_difference": difference, "tolerance": tolerance, "tokens": int(decided.sum())}
-
-
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    tokens = tokens.to(model.device)
-    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0].float().cpu()

@@ -12,7 +12,7 @@ from ..core.files import folder_beside, publish
 from ..model.structure import is_linear, is_transposed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "EMBEDDED",
@@ -22,6 +22,7 @@ __all__ = [
     "end_tokens",
     "load_model",
     "load_tokenizer",
+    "model_config",
     "model_path",
     "outline",
 ]
@@ -94,11 +95,16 @@ def check_available(name: str, **kwargs: Any) -> None:
     """Refuse, before any weights are read, a model whose config cannot be found. Arguments and errors as `load_model`."""
     if name in EMBEDDED:
         _embedded_file(name)
-        return
+    else:
+        model_config(name, **kwargs)
+
+
+def model_config(name: str, **kwargs: Any) -> PretrainedConfig:
+    """The config of a model. Arguments and errors as `load_model`."""
     import transformers
 
     try:
-        transformers.AutoConfig.from_pretrained(name, **_where(kwargs))
+        return transformers.AutoConfig.from_pretrained(model_path(name), **_where(kwargs))
     except OSError as error:
         raise _not_found(name, error) from error
 
@@ -123,8 +129,7 @@ def outline(name: str, **kwargs: Any) -> Outline:
     import torch
     import transformers
 
-    check_available(name, **kwargs)
-    config = transformers.AutoConfig.from_pretrained(model_path(name), **_where(kwargs))
+    config = model_config(name, **kwargs)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     found = {path: m for path, m in model.named_modules() if is_linear(m)}

@@ -232,14 +232,12 @@ def probe_rows(args: Any) -> int:
     return max(1, args.per_device_train_batch_size * args.gradient_accumulation_steps // 4)
 
 
-def calibration_batches(
-    model: nn.Module, rows: list[dict[str, Any]], size: int | None = None, **kwargs: Any
-) -> list[dict[str, Any]]:
+def calibration_batches(model: nn.Module, rows: Dataset, size: int | None = None, **kwargs: Any) -> list[dict[str, Any]]:
     """Rows as SFTTrainer would feed them: templated, tokenized, masked and collated.
 
     Args:
         model: the model that will train; only its tokenizer-side settings are read.
-        rows: training rows, as `data.Examples` holds them.
+        rows: training rows, as the Trainer takes them.
         size: rows of a batch; default that of training.
         kwargs: SFTTrainer's arguments; its data sets are replaced by `rows`.
     """
@@ -248,6 +246,6 @@ def calibration_batches(
     arguments.dataloader_drop_last = arguments.packing = arguments.padding_free = False
     arguments.eval_strategy, arguments.do_eval, arguments.load_best_model_at_end = "no", False, False
     arguments.per_device_train_batch_size = size or arguments.per_device_train_batch_size
-    replaced = {"args": arguments, "train_dataset": Dataset.from_list(rows), "eval_dataset": None}
+    replaced = {"args": arguments, "train_dataset": rows, "eval_dataset": None}
     trainer = SFTTrainer(model, **(kwargs | replaced))  # type: ignore[arg-type]  # a PreTrainedModel
     return [dict(batch) for batch in trainer.get_train_dataloader()]

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.folder import FORMAT_VERSION, PEFT_TYPE, WEIGHTS
+from ..adapter.folder import CARD, FORMAT_VERSION, PEFT_TYPE, WEIGHTS, card
 from ..adapter.record import Record
+from ..adapter.rest import Rest
 from ..core.fingerprint import fingerprint
 from ..core.probe import Probe
 from ..core.selection import Selection
@@ -28,6 +29,7 @@ from .targets import other_layers, restrict
 __all__ = ["DeltaConfig"]
 
 _RUN_TIME = ("probe", "exclude")
+_PEFT_CARD = "[More Information Needed]"  # PEFT's own card, which says nothing of how to load the folder
 
 
 @dataclass
@@ -40,7 +42,7 @@ class DeltaConfig(TargetedConfig):
         probe: calibration data for methods that need it; used once, never saved.
         exclude: places another adapter uses, which this one leaves alone; used once, never saved.
         parameters: name → place of a saved adapter; filled when the adapter is made.
-        trainable, of: number of chosen weights and of all; filled likewise.
+        trainable, of, rest: number of chosen weights and of all, and the rest of the base; filled likewise.
         sha256, format_version, intaglio_version: of the saved folder.
 
     Raises:
@@ -57,6 +59,7 @@ class DeltaConfig(TargetedConfig):
     parameters: dict[str, dict[str, Any]] | None = field(default=None, metadata=help_text("places of a saved adapter"))
     trainable: int | None = field(default=None, metadata=help_text("number of chosen weights"))
     of: int | None = field(default=None, metadata=help_text("number of weights in the whole base model"))
+    rest: dict[str, Any] | None = field(default=None, metadata=help_text("what a saved adapter was trained over"))
     sha256: str | None = field(default=None, metadata=help_text("of the saved weights"))
     format_version: int = field(default=FORMAT_VERSION, metadata=help_text("of the saved folder"))
     intaglio_version: str = field(default=VERSION, metadata=help_text("that saved the folder"))
@@ -93,6 +96,18 @@ class DeltaConfig(TargetedConfig):
             raise ValueError(f"{type(self).__name__}: parameters is damaged, not a mapping")
         return {name: Record.parse(name, fields) for name, fields in self.parameters.items()}
 
+    def check_rest(self, model: nn.Module) -> None:
+        """Refuse a base that is not what a saved adapter was trained over, as far as it says.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        rest = Rest.parse(self.rest)
+        if rest is not None:
+            saved_whole = tuple(self.modules_to_save or ())
+            renewed = [name for name in rest.frozen if any(f".{part}." in f".{name}" for part in saved_whole)]
+            rest.check(model, self.records, renewed)
+
     def choose(self, model: nn.Module) -> None:
         """Choose a fresh adapter's places in the bare base, and keep them.
 
@@ -112,6 +127,7 @@ class DeltaConfig(TargetedConfig):
             )
         self._chosen, self.parameters, self.trainable = chosen, described, chosen.size
         self.of = sum(parameter.numel() for parameter in parameters.values())
+        self.rest = Rest.of(model).without(chosen).to_dict()
 
     def places(self, model: nn.Module) -> Selection:
         """Choose the places of a fresh adapter in a base model.
@@ -149,6 +165,12 @@ class DeltaConfig(TargetedConfig):
         written = "auto_mapping_dict" in kwargs and weights.is_file()
         self.sha256 = hashlib.sha256(weights.read_bytes()).hexdigest() if written else None
         super().save_pretrained(save_directory, **kwargs)
+        readme = Path(save_directory) / CARD
+        if not readme.exists() or _PEFT_CARD in readme.read_text(encoding="utf-8"):  # else it is somebody's own
+            named = self.base_model_name_or_path
+            base = named if named and not Path(named).exists() else None  # a folder says nothing to others
+            text = card(base, self.method or {}, self.trainable or 0, len(self.parameters or ()))
+            readme.write_text(text, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

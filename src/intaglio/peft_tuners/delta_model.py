@@ -61,6 +61,8 @@ class DeltaModel(WrappingTuner):
                 refuse_quantized(model)
                 peft_config.choose(model)
             self._places = _plan(model, peft_config)
+            if peft_config.is_fixed and not merged:
+                peft_config.check_rest(model)
         refuse_nested(model, self._places)
         if peft_config.target_modules is None:
             # The parameters say it all. To PEFT, which expects some list once an adapter is in a model and adds to it when it

@@ -98,7 +98,7 @@ def position_panel(name: str, layers: Layers, depth: int, block: int) -> Panel:
     units = width // block
     bins = min(_BINS, units)
     share = torch.zeros(depth, bins)
-    sizes = torch.bincount(torch.arange(width) // block * bins // units, minlength=bins)
+    sizes = (-(-torch.arange(bins + 1) * units // bins)).diff() * block  # positions in each bin
     for layer, cell in layers.items():
         for entries in cell:
             assert isinstance(entries, Slices)

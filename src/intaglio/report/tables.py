@@ -41,6 +41,10 @@ def _run(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     trainable, training, adapter = result["trainable"], result["training"], result["adapter"]
     before, after = result["before"], result["after"]
     yield "trainable", f"{trainable['entries']:,} of {trainable['of']:,} weights = {trainable['share']:.2%}"
+    data = result.get("data") or {}
+    if data.get("rows") is not None:
+        left_out = f", {data['left_out']:,} left out" if data["left_out"] else ""
+        yield "rows", f"{data['rows']:,}{left_out}"
     yield "steps", f"{training['steps']} ({training['seconds_per_step'] or 0:.2f} s each, median)"
     yield "peak memory", f"{training['peak_memory_bytes'] / 1e9:.2f} GB ({training['peak_memory_kind']})"
     yield "adapter", f"{adapter['path']}, {adapter['bytes'] / 1e6:.2f} MB"

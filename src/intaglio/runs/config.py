@@ -21,11 +21,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, field_validator, model_validator
 
 from ..method_kinds.method import Method
+from ..methods import METHODS
 from ..training.updates import Updates
 from .methods import build_blocks
 from .peft_methods import peft_problems
-from .run_file import read_blocks, unknown_keys
-from .sft_config import train_problems
+from .reading import is_local
+from .run_file import read_blocks, unknown_keys, with_truths
+from .sft_config import train_hints, train_problems
 
 __all__ = ["UPDATES", "AttachBlock", "Config", "DataBlock", "EvaluateBlock", "ModelBlock", "load_config"]
 
@@ -54,11 +56,14 @@ class DataBlock(_Block):
     settings: dict[str, Any] = Field({}, description="settings of the task, as reasoning_gym names them")
     train_size: int = Field(2000, ge=1, description="training examples of a task")
     test_size: int = Field(200, ge=1, description="held-out examples of a task, or drawn from `train` if `test` is absent")
-    train: str | None = Field(None, description="a .jsonl, .json, .csv or .parquet file, or a hub data set")
+    train: str | None = Field(
+        None, description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (the text ones also .gz), or a hub data set"
+    )
     test: str | None = Field(None, description="likewise, held out")
     subset: str | None = Field(None, description="subset of a hub data set")
     split: str = Field("train", description="split of a hub data set to train on")
     test_split: str = Field("test", description="split of a hub data set held out, used if `test` is given")
+    streaming: bool = Field(False, description="read a hub data set while training, without a copy; needs train.max_steps")
     columns: dict[str, str] = Field({}, description="our name → your column, e.g. {prompt: question, completion: answer}")
     chat: bool = Field(False, description="wrap prompt and completion strings in the model's chat template")
     seed: int = Field(0, description="of generation and of the held-out draw")
@@ -79,6 +84,8 @@ class DataBlock(_Block):
             raise ValueError("give exactly one of `task` (reasoning_gym/NAME) and `train` (a file or a hub data set)")
         if self.task is not None and self.test is not None:
             raise ValueError("`test` has no effect with `task`; set test_size")
+        if self.streaming and (self.train is None or is_local(self.train)):
+            raise ValueError("`streaming` has no effect but on a hub data set; files are never read whole anyway")
         return self
 
 
@@ -175,6 +182,7 @@ def load_config(
     raw = read_blocks(source, overrides, known=Config.model_fields)
     if isinstance(raw.setdefault("method", {}), dict):
         raw["method"] = {"name": "s2ft"} | raw["method"]
+    raw |= {name: with_truths(block, _hints(name, block)) for name, block in raw.items() if isinstance(block, dict)}
     config, problems = _validated(raw)
     method, wrong = build_blocks(raw["method"], raw.get("schedule"), allow) if build else (None, [])
     problems += wrong + train_problems(raw.get("train"))
@@ -214,6 +222,16 @@ def _keys(block: str | None = None) -> Mapping[str, Any]:
     annotation = Config.model_fields[block].annotation
     kinds = (*typing.get_args(annotation), annotation)  # of a block that may be absent, or of one that may not
     return next(kind.model_fields for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+def _hints(name: str, block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The types of a block's keys, as far as they are known."""
+    if name == "train":
+        return train_hints()
+    if name in ("method", "schedule"):
+        cls = METHODS.get(str(block.get("name")))
+        return {} if cls is None else {field.name: field.type for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {key: field.annotation for key, field in _keys(name).items()} if name in Config.model_fields else {}
 
 
 def _update_problems(config: Config) -> list[str]:

@@ -8,7 +8,9 @@ from typing import Any
 
 from ..export.forms import Options, form_of
 from ..export.staging import check_target
+from .config import Config
 from .folder import adapter_of
+from .load import stored_config
 
 __all__ = ["export"]
 
@@ -20,6 +22,7 @@ def export(
     *,
     base: str | None = None,
     overwrite: bool = False,
+    trust: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Export an adapter folder, or a run's adapter; or turn a LoRA folder back into one.
@@ -30,6 +33,7 @@ def export(
         output: the new folder.
         base: the base model; default the one that the run or the adapter names.
         overwrite: replace an earlier export in `output`; default False.
+        trust: as `load.stored_config`.
         options: fields of `export.forms.Options`.
 
     Returns:
@@ -49,7 +53,8 @@ def export(
     adapter, run = adapter_of(path)
     source = form.read(adapter)
     arguments = form.prepare(source, given)
-    found = _base(base, run, source.base, adapter, form.base_dtype(source, given))
+    config = None if run is None or base is not None else stored_config(path, trust=trust)
+    found = _base(base, config, source.base, adapter, form.base_dtype(source, given))
     model, tokenizer = found.load()
     return {"base": found.name, **form.write(source, model, output, tokenizer=tokenizer, overwrite=overwrite, **arguments)}
 
@@ -76,15 +81,12 @@ class _Base:
         return load_model(self.name, **self.arguments), tokenizer
 
 
-def _base(given: str | None, run: dict[str, Any] | None, named: str | None, adapter: Path, dtype: Any) -> _Base:
+def _base(given: str | None, config: Config | None, named: str | None, adapter: Path, dtype: Any) -> _Base:
     """The base that the user gives, else that of the run, else the one that the adapter names."""
     arguments = {} if dtype is None else {"dtype": dtype}
     if given is not None:
         return _Base(given, arguments)
-    if run is not None:
-        from .config import load_config
-
-        config = load_config(run["config"], build=False)
+    if config is not None:
         return _Base(config.model.name, config.model.kwargs() | arguments, config.train.get("chat_template_path"))
     if named is None:
         raise ValueError(f"{adapter}: names no base model (it was a local folder); give --base NAME_OR_FOLDER")

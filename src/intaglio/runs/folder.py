@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ from ..core.files import read_mapping
 from ..training.rotation_record import FILE as LAYERS  # importance, draws and visits, for layers that train in turn
 from ..training.unmasking_record import FILE as UNMASKING  # where the budget went, for methods that choose while training
 
-__all__ = ["FILES", "adapter_of", "earlier", "output_folder", "read_run", "remove_earlier"]
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+__all__ = ["FILES", "adapter_of", "earlier", "held", "output_folder", "read_run", "remove_earlier", "sweep"]
 
 RESULT = "run.json"  # config, versions, trainable share, seconds per step, peak memory, loss log, scores
 ADAPTER = "adapter"  # the result: a Delta, or a PEFT folder for PEFT's own methods
 CHECK = "check.safetensors"  # a few prompts and the tuned model's logits, for `intaglio verify`
 ANSWERS = "answers.jsonl"  # every held-out answer, before and after
+LOCK = ".lock"  # while a process trains into it
 LOSS, ACCURACY = "loss.png", "accuracy.png"
 # What `intaglio inspect` draws and writes beside them.
 SELECTION_PICTURE, UNMASKING_PICTURE, LAYERS_PICTURE, LAYERS_TABLE = "selection.png", "unmasking.png", "layers.png", "layers.csv"
@@ -53,6 +61,41 @@ def output_folder(given: str | None, source: Any, *, resume: bool = False, overw
             "another train.output_dir"
         )
     return output
+
+
+@contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Hold a run's folder for the length of a block: no other process may write into it meanwhile.
+
+    The lock is the process's, and goes with it, however that ends.
+
+    Raises:
+        ValueError: where another process holds it.
+    """
+    there = output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK).open("a") as file:
+        try:
+            if fcntl is not None:  # Windows has none
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{output}: another process is training into it; wait, or set another train.output_dir") from error
+        try:
+            yield
+        finally:
+            (output / LOCK).unlink(missing_ok=True)
+            if not there:
+                with suppress(OSError):  # a run that was refused leaves no empty folder
+                    output.rmdir()
+
+
+def sweep(output: Path) -> None:
+    """Delete half-written files of a process that was killed while it saved; call it while the folder is `held`."""
+    names = [*FILES, *(path.name for path in output.glob("checkpoint-*"))]
+    for folder in (output, *output.glob("checkpoint-*")):
+        for left in folder.glob(".*.????????"):
+            if folder != output or left.name[1:-9] in names or left.name.startswith(".checkpoint-"):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def earlier(output: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from .folder import LAYERS, LAYERS_PICTURE, LAYERS_TABLE, SELECTION_PICTURE, UNM
 
 __all__ = ["grid", "inspect"]
 
+_LAYERS = 10_000  # more than any model has
 _LAYERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<path>.+?)(?:\.weight)?")
 
 
@@ -177,6 +178,8 @@ def places_of(dims: Mapping[str, int]) -> dict[str, _Place]:
     places = {}
     for name, match in found.items():
         path = re.sub(r"\.\d+(?=\.|$)", ".*", match["path"])  # experts of one layer together
+        if int(match["layer"]) >= _LAYERS:
+            raise ValueError(f"{name}: layer {int(match['layer']):,}: no model has so many; the adapter is damaged")
         places[name] = _Place(int(match["layer"]), path if len(stacks) == 1 else f"{match['stack']}: {path}")
     return places
 

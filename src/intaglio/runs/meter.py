@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from transformers import TrainerCallback
 
-__all__ = ["StepMeter", "peak_memory"]
+__all__ = ["StepMeter", "StopWhenAsked", "peak_memory"]
 
 
 class StepMeter(TrainerCallback):
@@ -52,3 +53,15 @@ def peak_memory() -> tuple[int, str]:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@final
+class StopWhenAsked(TrainerCallback):
+    """A callback that ends training after an update, with a checkpoint, once somebody asks for it."""
+
+    def __init__(self, is_asked: Callable[[], bool]) -> None:
+        self._is_asked = is_asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_asked():
+            control.should_save = control.should_training_stop = True

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..training import rotation_record
-from .config import Config, load_config
+from .config import Config
 from .folder import read_run
-from .load import load
+from .load import load, stored_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["prune"]
 
 
-def prune(run: Path, layers: int, output: Path | None = None, *, held_out: int = 32, overwrite: bool = False) -> dict[str, Any]:
+def prune(
+    run: Path, layers: int, output: Path | None = None, *, held_out: int = 32, overwrite: bool = False, trust: bool = False
+) -> dict[str, Any]:
     """Write an ordinary PEFT folder with the most important layers of a run's LoRA.
 
     Args:
@@ -23,6 +28,7 @@ def prune(run: Path, layers: int, output: Path | None = None, *, held_out: int =
         output: the new folder; default `pruned-N` in the run's.
         held_out: rows on which the loss is taken, with all layers, one fewer, … and one; 0: none, and no model is loaded.
         overwrite: replace an earlier result in `output`; default False.
+        trust: as `load.stored_config`.
 
     Returns:
         What `hf.layers.prune` returns, with `rows`, the held-out rows used.
@@ -35,7 +41,7 @@ def prune(run: Path, layers: int, output: Path | None = None, *, held_out: int =
         >>> prune(Path("runs/ist"), 8)["path"]
         'runs/ist/pruned-8'
     """
-    stored = read_run(run)
+    read_run(run)
     record = rotation_record.read(run / rotation_record.FILE)
     if record is None:
         raise ValueError(
@@ -51,24 +57,25 @@ def prune(run: Path, layers: int, output: Path | None = None, *, held_out: int =
     adapter = run / "adapter"
     engine.check_prunable(adapter, record, layers)
     check_target(target, overwrite=overwrite)
-    config = load_config(stored["config"], build=False) if held_out else None
-    rows = [] if config is None else _held_out(config)[:held_out]
-    if config is None or not rows:
+    config = stored_config(run, trust=trust) if held_out else None
+    rows = None if config is None else _held_out(config, held_out)
+    if config is None or rows is None:
         return {"rows": 0, **engine.prune(adapter, record, layers, target, overwrite=overwrite)}
     model, tokenizer = load(config, adapter)
     probe = _probe(config, model, tokenizer, rows)
     return {"rows": len(rows), **engine.prune(model, record, layers, target, probe=probe, overwrite=overwrite)}
 
 
-def _held_out(config: Config) -> list[dict[str, Any]]:
-    """Rows that the run has not trained on; none where it held out none."""
+def _held_out(config: Config, count: int) -> Dataset | None:
+    """Rows that the run has not trained on; None where it held out none."""
     from .data import load_examples
 
     wanted = config.evaluate is not None or str(config.train.get("eval_strategy", "no")) != "no"
-    return load_examples(config.data, hold_out=wanted).held_out
+    found = load_examples(config.data, hold_out=wanted).held_out
+    return None if found is None else found.select(range(min(count, len(found))))
 
 
-def _probe(config: Config, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
+def _probe(config: Config, model: Any, tokenizer: Any, rows: Dataset) -> Any:
     """The rows as training would have fed them."""
     from ..core.probe import Batches
     from ..hf.trainer import calibration_batches

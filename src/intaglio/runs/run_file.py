@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import yaml
 
 from ..methods import nearest
 
-__all__ = ["read_blocks", "unknown_keys"]
+__all__ = ["read_blocks", "unknown_keys", "with_truths"]
+
+_TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 def read_blocks(
@@ -46,13 +49,29 @@ def unknown_keys(block: str, keys: Iterable[str], known: Sequence[str]) -> list[
     return [f"{prefix}{key}: unknown key; {nearest(key, list(known))}" for key in keys if key not in known]
 
 
+def with_truths(block: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """A block in which yes, no, on and off are truth values where its key wants one, and words where it does not."""
+    return {
+        key: _TRUTHS[value.lower()]
+        if isinstance(value, str) and value.lower() in _TRUTHS and _is_truth(hints.get(key))
+        else value
+        for key, value in block.items()
+    }
+
+
+def _is_truth(hint: Any) -> bool:
+    return set(typing.get_args(hint) or (hint,)) <= {bool, "bool", type(None)} and hint is not None
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such run file")
     try:
-        return _parse(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -65,11 +84,13 @@ def _override(raw: dict[str, Any], override: str) -> None:
             f"override {override!r}: the value is not YAML; put quotes around the argument for the shell, and around a "
             "value that begins with * or [ for YAML"
         ) from error
-    if not equals or not all(steps) or (len(steps) < 2 and not isinstance(value, dict)):
+    if not equals or not all(steps) or (len(steps) < 2 and value is not None and not isinstance(value, dict)):
         raise ValueError(f"override {override!r}: write block.key=value, e.g. train.learning_rate=1e-3")
     place = raw
     for step in steps[:-1]:
-        place = place.setdefault(step, {})
+        if place.get(step) is None:  # absent, or said to be
+            place[step] = {}
+        place = place[step]
         if not isinstance(place, dict):
             raise ValueError(f"override {override!r}: {step!r} is not a block")
     place[steps[-1]] = value
@@ -85,10 +106,30 @@ def _parse(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, as every user means it (YAML 1.1 wants 1.0e-3)."""
+    """SafeLoader of plain values as YAML 1.2 and every user means them, and of keys that stand once."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]  # PyYAML has no types
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice; drop one of them")
+            seen.add(key.value)
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        return int(self.construct_scalar(node).replace("_", ""), 0 if "x" in node.value or "o" in node.value else 10)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-for _first in "-+0123456789":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:float", _FLOAT))
+# YAML 1.1 reads 1e-3 as a string, 010 as eight, 1:30 as ninety, and no, on and 2024-03-05 as what they are not.
+_PLAIN = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+_Loader.yaml_implicit_resolvers = {}
+for _kind, (_pattern, _firsts) in _PLAIN.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_firsts))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

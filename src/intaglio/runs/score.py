@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from .config import EvaluateBlock, load_config
-from .folder import ADAPTER, read_run
-from .load import load
+from .folder import ADAPTER
+from .load import load, stored_config
 
 __all__ = ["score"]
 
 
-def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None) -> dict[str, Any]:
+def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None, *, trust: bool = False) -> dict[str, Any]:
     """Score a run file's model, or a finished run's, on held-out examples.
 
     Args:
         run: a run file, or the folder of a finished run.
         overrides: `block.key=value` on top of its config.
         adapter: folder to apply; default the run folder's own, none for a run file.
+        trust: as `load.stored_config`.
 
     Returns:
         `Score.to_dict()` with `adapter` and `model`.
@@ -27,8 +28,10 @@ def score(run: Path, overrides: Sequence[str] = (), adapter: Path | None = None)
     Raises:
         ValueError: for a bad run file, missing data, a missing or foreign adapter.
     """
-    source, own = (read_run(run)["config"], run / ADAPTER) if run.is_dir() else (run, None)
-    config, adapter = load_config(source, overrides, build=False), adapter or own
+    if run.is_dir():
+        config, adapter = stored_config(run, overrides, trust=trust), adapter or run / ADAPTER
+    else:
+        config = load_config(run, overrides, build=False)
     from .answers import evaluate
     from .data import load_examples
 

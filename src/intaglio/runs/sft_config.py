@@ -9,7 +9,7 @@ from typing import Any
 
 from .run_file import unknown_keys
 
-__all__ = ["sft_config", "train_problems"]
+__all__ = ["sft_config", "train_hints", "train_problems"]
 
 
 def sft_config(train: Mapping[str, Any], output_dir: str) -> Any:
@@ -37,14 +37,23 @@ def sft_config(train: Mapping[str, Any], output_dir: str) -> Any:
         raise ValueError(f"train: {str(error).splitlines()[0]}") from error
 
 
+def train_hints() -> dict[str, Any]:
+    """The types of SFTConfig's fields, by name."""
+    from trl.trainer.sft_config import SFTConfig
+
+    return typing.get_type_hints(SFTConfig)
+
+
 def train_problems(train: Any) -> list[str]:
     """Unknown keys of a train block, and plain values of another type than SFTConfig's; a line each."""
     if not isinstance(train, dict) or not train:
         return []
     from trl.trainer.sft_config import SFTConfig
 
-    hints = typing.get_type_hints(SFTConfig)
+    hints = train_hints()
     problems = unknown_keys("train", train, [f.name for f in dataclasses.fields(SFTConfig)])
+    if train.get("max_steps") == 0:
+        problems.append("train.max_steps=0: trains nothing; give the number of updates, or leave it out for whole epochs")
     if not isinstance(train.get("output_dir", ""), str):
         problems.append(f"train.output_dir={train['output_dir']!r}: wanted is a folder's name")
     for key in train.keys() & hints.keys():

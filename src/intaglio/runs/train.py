@@ -5,21 +5,24 @@ What it writes into its output folder stands in `folder`, name by name.
 
 from __future__ import annotations
 
-import json
 import math
-import platform
+import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..model.peft_layers import model_size
+from ..adapter.folder import TEMPLATE
+from ..core.files import write_whole
 from . import folder
+from .checks import check_model, check_packages, check_tokenizer, rows_used
 from .config import UPDATES, AttachBlock, Config, load_config
+from .interrupt import Interrupted, Stop, stoppable
 from .peft_methods import PEFT_METHODS, peft_config
 from .settings import base_digest, run_settings
 from .sft_config import sft_config
+from .summary import report, summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +57,7 @@ def train(
     Raises:
         ValueError: for anything wrong with the run file, the data or the output folder, before weights are loaded
             wherever that can be known.
+        Interrupted: where a signal (Ctrl-C, SIGTERM, SIGHUP) stopped it, with how to go on.
 
     Example:
         >>> result = train("recipes/demo.yaml", ["train.max_steps=20"])
@@ -62,19 +66,39 @@ def train(
     """
     config = load_config(source, overrides, allow=allow)
     output = folder.output_folder(config.train.get("output_dir"), source, resume=resume, overwrite=overwrite)
-    run = _setup(config, output)
-    checkpoint = _checkpoint(run) if resume else None
-    trainer = _make_trainer(run, checkpoint)  # attaches: the last thing that a mistake of the user can stop
-    trainer.settings = run.settings
-    if overwrite:
-        folder.remove_earlier(output)
-    before = _score(run, "before") if config.evaluate is not None and config.evaluate.before else None
-    training = _fit(run, trainer, checkpoint)
-    adapter = _save(run, trainer)
-    after = _score(run, "after") if config.evaluate is not None else None
-    result = _summary(run, training, adapter, before, after)
-    _report(output, result)
+    with folder.held(output), stoppable() as stop:
+        try:
+            run = _setup(config, output)
+            checkpoint = _checkpoint(run) if resume else None
+            trainer = _make_trainer(run, checkpoint)  # attaches: the last thing that a mistake of the user can stop
+            trainer.settings = run.settings
+            data = rows_used(run.examples, trainer)
+            folder.sweep(output)
+            if overwrite:
+                folder.remove_earlier(output)
+            before = _score(run, "before") if config.evaluate is not None and config.evaluate.before else None
+            training = _fit(run, trainer, checkpoint, stop)
+            adapter = _save(run, trainer)
+            after = _score(run, "after") if config.evaluate is not None else None
+            result = summary(run, data, training, adapter, before, after)
+            report(output, result)
+        except KeyboardInterrupt:
+            number = stop.number or signal.SIGINT
+            raise Interrupted(
+                number, f"stopped by {signal.Signals(number).name}; {_how_to_go_on(output, source, overrides)}"
+            ) from None
     return result
+
+
+def _how_to_go_on(output: Path, source: Any, overrides: Sequence[str]) -> str:
+    """What to do after an interruption, by what is on the disk."""
+    from ..hf.checkpoint import last_checkpoint
+
+    found = last_checkpoint(output)
+    command = ["intaglio", "train", str(source) if isinstance(source, (str, Path)) else "RUN.yaml", *overrides]
+    if found is None:
+        return f"nothing is saved yet; start again: {shlex.join(command)}"
+    return f"{found.name} is saved; go on with: {shlex.join([*command, '--resume'])}"
 
 
 @dataclass
@@ -96,15 +120,18 @@ class Run:
 
 def _setup(config: Config, output: Path) -> Run:
     """Check everything that needs no weights, then load the model."""
-    from ..hf.models import check_available, load_model, load_tokenizer
-    from .data import check_tokenizer, load_examples
+    from ..hf.models import check_available, load_model, load_tokenizer, model_config
+    from .data import load_examples
 
+    check_packages(config.train, config.model.kwargs())
     arguments = sft_config(config.train, str(output))
     check_available(config.model.name, **config.model.kwargs())
     _refuse_idle_settings(config)
     exclude = _excluded(config)
     wants_held_out = config.evaluate is not None or str(arguments.eval_strategy.value) != "no"
     examples = load_examples(config.data, hold_out=wants_held_out)
+    if examples.is_streamed and arguments.max_steps <= 0:
+        raise ValueError("data.streaming: the length of a stream is not known; set train.max_steps")
     if config.evaluate is not None and not examples.test:
         raise ValueError("evaluate: there are no held-out rows with answers to score; drop the block or give data.test")
     if str(arguments.eval_strategy.value) != "no" and not examples.held_out:
@@ -112,6 +139,7 @@ def _setup(config: Config, output: Path) -> Run:
     tokenizer = load_tokenizer(config.model.name, chat_template=arguments.chat_template_path, **config.model.kwargs())
     arguments.chat_template_path = None  # it is in the tokenizer now
     check_tokenizer(tokenizer, examples)
+    check_model(model_config(config.model.name, **config.model.kwargs()), tokenizer, arguments.max_length)
     model = load_model(config.model.name, device=arguments.device, **config.model.kwargs())
     settings = run_settings(config, arguments, base_digest(model))
     return Run(config, output, arguments, examples, tokenizer, model, exclude, settings)
@@ -195,23 +223,31 @@ def _checkpoint(run: Run) -> Path | None:
     return found
 
 
-def _fit(run: Run, trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
-    """Train; return time, memory and the loss log."""
+def _fit(run: Run, trainer: Any, checkpoint: Path | None, stop: Stop) -> dict[str, Any]:
+    """Train; return time, memory and the loss log.
+
+    Raises:
+        KeyboardInterrupt: where a signal came meanwhile; a checkpoint is saved then.
+    """
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_callback import TrainerState
 
-    from .meter import StepMeter
+    from .meter import StepMeter, StopWhenAsked
 
     meter = StepMeter()
     trainer.add_callback(meter)
+    trainer.add_callback(StopWhenAsked(lambda: stop.number is not None))
     state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if state is not None and checkpoint is not None and _is_over(state, run.arguments):
         trainer._load_from_checkpoint(str(checkpoint))  # one more call of train would make one more update
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         loss = sum(map(float, losses)) / len(losses) if losses else None
     else:
+        stop.waits = True
         loss = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).training_loss
-        state = trainer.state
+        stop.waits, state = False, trainer.state
+        if stop.number is not None:
+            raise KeyboardInterrupt
     return {
         "steps": state.global_step,
         "resumed_from": None if checkpoint is None else checkpoint.name,
@@ -229,9 +265,10 @@ def _is_over(state: Any, arguments: Any) -> bool:
 
 def _save(run: Run, trainer: Any) -> Path:
     """Write the adapter, and the logits that `verify` compares with."""
-    from .verify import save_check
+    from .verify import CHECKED, save_check
 
     adapter = run.output / folder.ADAPTER
+    template = run.config.train.get("chat_template_path")
     for recorder in run.recorders:
         recorder.save(run.output)
     if run.tuner is not None:
@@ -239,7 +276,9 @@ def _save(run: Run, trainer: Any) -> Path:
         run.tuner.detach()
     else:
         run.model.save_pretrained(str(adapter))
-    save_check(run.model, run.tokenizer, run.examples.held_out or run.examples.train, run.output / folder.CHECK)
+    if template is not None:  # a copied adapter still knows how it is asked
+        write_whole(adapter / TEMPLATE, str(run.tokenizer.chat_template).encode())
+    save_check(run.model, run.tokenizer, run.examples.some(CHECKED), run.output / folder.CHECK)
     return adapter
 
 
@@ -252,44 +291,3 @@ def _score(run: Run, when: str) -> dict[str, Any]:
     )
     run.answers += [{"when": when} | record for record in records]
     return score.to_dict()
-
-
-def _summary(
-    run: Run, training: dict[str, Any], adapter: Path, before: dict[str, Any] | None, after: dict[str, Any] | None
-) -> dict[str, Any]:
-    if run.answers:
-        lines = (json.dumps(record, default=str) for record in run.answers)
-        (run.output / folder.ANSWERS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    total, trained = model_size(run.model), sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    entries = trained if run.tuner is None else run.tuner.selection.size
-    return {
-        "output": str(run.output),
-        "config": run.config.model_dump(mode="json"),
-        "versions": _versions(),
-        "machine": {"processor": platform.machine(), "system": platform.system(), "device": str(run.model.device)},
-        "trainable": {"entries": entries, "of": total, "share": entries / total},
-        "adapter": {"path": str(adapter), "bytes": sum(f.stat().st_size for f in adapter.iterdir())},
-        "training": training,
-        "before": before,
-        "after": after,
-    }
-
-
-def _report(output: Path, result: dict[str, Any]) -> None:
-    from ..report.plots import plot_accuracy, plot_loss
-
-    output.mkdir(parents=True, exist_ok=True)
-    (output / folder.RESULT).write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    plot_loss(result["training"]["history"], output / folder.LOSS)
-    if result["after"] is not None:
-        plot_accuracy(result["before"], result["after"], output / folder.ACCURACY)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("intaglio", "torch", "transformers", "peft", "trl", "accelerate", "datasets"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

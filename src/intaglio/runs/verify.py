@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from .config import load_config
-from .folder import ADAPTER, CHECK, read_run
-from .load import load
+from .folder import ADAPTER, CHECK
+from .load import load, stored_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["save_check", "verify"]
+__all__ = ["CHECKED", "save_check", "verify"]
 
-_TOKENS, _PROMPTS = 32, 4
+CHECKED, _TOKENS = 4, 32  # rows of a run, and tokens of each
 
 
-def verify(run: Path) -> dict[str, Any]:
+def verify(run: Path, *, trust: bool = False) -> dict[str, Any]:
     """Reload a finished run's adapter onto a fresh base and compare logits with the trained model's.
+
+    Args:
+        run: its folder.
+        trust: as `load.stored_config`.
 
     Returns:
         run, adapter, `equal` (bit for bit), `max_difference` of a logit, and the number of prompts.
@@ -30,7 +33,7 @@ def verify(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: where `run` is no finished run, or its adapter is damaged or does not fit the base.
     """
-    config, adapter = load_config(read_run(run)["config"], build=False), run / ADAPTER
+    config, adapter = stored_config(run, trust=trust), run / ADAPTER
     model, _ = load(config, adapter)
     saved = safetensors.torch.load_file(run / CHECK)
     logits = _last_logits(model, saved["input_ids"])
@@ -42,7 +45,7 @@ def verify(run: Path) -> dict[str, Any]:
 @torch.no_grad()
 def save_check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], path: Path) -> None:
     """Keep the last tokens of a few rows, where rows of one task differ, and the logits that follow them."""
-    texts = [json.dumps(row, ensure_ascii=False) for row in rows[:_PROMPTS]]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
     ids = [tokenizer(text)["input_ids"][-_TOKENS:] for text in texts]
     shortest = min(map(len, ids))
     input_ids = torch.tensor([row[-shortest:] for row in ids])

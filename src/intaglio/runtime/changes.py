@@ -106,6 +106,7 @@ class LinearLayers:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         uses: dict[int, int] = {}
         for _, parameter in model.named_parameters(remove_duplicate=False):
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
@@ -162,6 +163,7 @@ def from_delta(delta: Delta, layers: LinearLayers) -> Adapter:
                 f"{name}: base fingerprint {delta.fingerprints[name]} expected, {future.result()} found: this adapter was "
                 f"trained on another base ({delta.base!r})"
             )
+    delta.check_rest(layers.model)
     return Adapter(changes)
 
 

@@ -76,8 +76,7 @@ class Mixer:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if self._batch is not None:
                 self._batch.mix_(path, output.flatten(0, -2), inputs[0].flatten(0, -2))
-                if output.dtype == torch.float16:
-                    output.nan_to_num_()  # one adapter's overflow may not reach others: attention has 0 · NaN
+                output.nan_to_num_()  # one adapter's overflow may not reach others: attention has 0 · NaN
 
         return hook
 

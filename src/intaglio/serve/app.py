@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Receive, Scope, Send
 
 from ..runtime.store import AdapterError, AdapterInUse, UnknownAdapter
@@ -27,14 +28,16 @@ __all__ = ["create_app"]
 T = TypeVar("T")
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application that serves `service`. It has no state of its own."""
+def create_app(service: Service, hosts: Sequence[str] = ()) -> FastAPI:
+    """The application that serves `service`, to callers that address it by one of `hosts`, or by any. It has no state."""
     app = FastAPI(title="Intaglio", openapi_url=None, docs_url=None, redoc_url=None)
     errors.install(app)
     app.add_exception_handler(AdapterError, _adapter_refused)
     app.add_exception_handler(_Gone, _nobody)
     app.add_middleware(Gate, service.keys, service.admission, service.limits.max_body)
     app.add_middleware(Counted, service.metrics)
+    if hosts:  # else a page elsewhere could call us by a name of its own that leads here (DNS rebinding)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     app.include_router(_texts(service))
     app.include_router(_models(service))
     app.include_router(_operation(service))

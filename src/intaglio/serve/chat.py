@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from .errors import ApiError
@@ -18,12 +19,20 @@ class Prompter:
     Args:
         tokenizer: of transformers, with or without a chat template.
         vocabulary: number of tokens the model has embeddings for.
+        templates: model → chat template, of those that do not use the tokenizer's.
         max_context: tokens of prompt and answer together.
         max_tokens: longest answer; None: what the context leaves.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, max_context: int, max_tokens: int | None = None) -> None:
-        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocabulary: int,
+        max_context: int,
+        max_tokens: int | None = None,
+        templates: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._tokenizer, self._vocabulary, self._templates = tokenizer, vocabulary, templates
         self._max_context, self._max_tokens = max_context, max_tokens
 
     def tokens(self, request: ChatRequest | CompletionRequest) -> list[int]:
@@ -33,7 +42,7 @@ class Prompter:
             ApiError: 400 where there is no chat template or it refuses, or the prompt is empty or foreign to the vocabulary.
         """
         if isinstance(request, ChatRequest):
-            tokens, param = self._chat(request.messages), "messages"
+            tokens, param = self._chat(request.messages, self._templates.get(request.model)), "messages"
         else:
             tokens, param = (
                 self._tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else request.prompt,
@@ -66,14 +75,14 @@ class Prompter:
         """A chat's answer is a text of its own; a completion goes on where the prompt ends."""
         return Detokenizer(self._tokenizer, [] if isinstance(request, ChatRequest) else prompt)
 
-    def _chat(self, messages: Sequence[Message]) -> list[int]:
+    def _chat(self, messages: Sequence[Message], template: str | None) -> list[int]:
         from jinja2 import TemplateError
 
-        if not self._tokenizer.chat_template:
+        if not (template or self._tokenizer.chat_template):
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
         turns = [message.turn for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = self._tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, tokenize=False)
         except (TemplateError, TypeError) as error:
             raise ApiError(400, f"messages: the model's chat template refuses them: {error}", param="messages") from error
         return self._tokenizer.encode(text, add_special_tokens=False)

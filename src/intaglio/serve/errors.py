@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-__all__ = ["ApiError", "install", "response", "shutting_down"]
+__all__ = ["NOT_OFFERED", "ApiError", "install", "response", "shutting_down"]
 
 _TYPES = {
     401: "authentication_error",
@@ -18,6 +18,7 @@ _TYPES = {
     409: "conflict_error",
     429: "rate_limit_error",
 }
+NOT_OFFERED = "not_offered"  # kind of the error of a field that is known, and not to be had here
 _LONGEST = 1000  # characters of a message; what a caller sent is never echoed at length
 
 
@@ -66,6 +67,8 @@ def install(app: FastAPI) -> None:
         return response(error)
 
     async def invalid(request: Request, error: Any) -> JSONResponse:
+        if isinstance(error.body, dict) and isinstance(error.body.get("model"), str):
+            request.state.model = error.body["model"]  # counted there
         return response(_invalid(error))
 
     async def http(request: Request, error: Any) -> JSONResponse:
@@ -88,6 +91,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
+    if first["type"] == NOT_OFFERED:
+        return ApiError(400, first["msg"], param=first["ctx"]["field"])
     if not place:
         return ApiError(400, f"the body must be a JSON object, sent as application/json: {first['msg']}")
     if first["type"] == "extra_forbidden":

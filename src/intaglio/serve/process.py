@@ -8,11 +8,12 @@ import ipaddress
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
+
+from .connections import impatient
 
 if TYPE_CHECKING:
     from .run import Options
@@ -24,20 +25,20 @@ _LAST_BYTES = 5  # seconds for answers that are complete to reach their callers
 _LISTED = 8  # adapters that the first line names
 
 
-def run(options: Options, adapters: Mapping[str, Path]) -> None:
+def run(options: Options, start: Callable[[], Service]) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs and return.
 
     Args:
         options: checked ones.
-        adapters: name → adapter folder, or the folder of a finished run.
+        start: reads the base and its adapters, once the address is taken.
     """
     from ..hf.models import check_available
 
     check_available(options.base)
     with _bound(options.host, options.port) as listening:
-        service = _start(options, adapters)
+        service = start()
         try:
-            asyncio.run(_listen(service, listening, options.shutdown_timeout))
+            asyncio.run(_listen(service, listening, options))
         finally:
             service.engine.stop(timeout=_LAST_BYTES)
 
@@ -59,36 +60,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         yield found
 
 
-def _start(options: Options, adapters: Mapping[str, Path]) -> Service:
-    """The base, its adapters and the engine, which runs."""
-    from ..hf.models import end_tokens, load_model, load_tokenizer
-    from ..runs.folder import adapter_of
-    from ..runtime.engine import Engine
-    from ..runtime.store import AdapterStore
-    from .limits import Limits
-    from .service import Service
-
-    tokenizer = load_tokenizer(options.base)
-    model: Any = load_model(options.base, **({} if options.dtype is None else {"dtype": options.dtype})).eval()
-    store = AdapterStore(model, base=options.served_name, capacity_bytes=int(options.adapter_memory * 2**30))
-    for name, path in adapters.items():
-        store.load(name, adapter_of(path)[0])
-    ends = end_tokens(model, tokenizer)
-    engine = Engine(model, store, eos=ends, max_batch=options.max_batch, max_context=options.max_context)
-    engine.start()
-    limits = Limits(options.max_tokens, max_running=options.max_batch, max_queue=options.max_queue, max_body=options.max_body)
-    return Service(
-        engine,
-        tokenizer,
-        options.served_name,
-        vocabulary=model.get_input_embeddings().num_embeddings,
-        limits=limits,
-        keys=options.api_key or (),
-        adapter_root=options.adapter_root,
-    )
-
-
-async def _listen(service: Service, listening: socket.socket, timeout: float) -> None:
+async def _listen(service: Service, listening: socket.socket, options: Options) -> None:
     from .app import create_app
 
     host, port = listening.getsockname()[:2]
@@ -98,8 +70,14 @@ async def _listen(service: Service, listening: socket.socket, timeout: float) ->
     print(f"{service.name} with {listed or 'no adapters'} at {where} (process {os.getpid()})", flush=True)
     if not service.keys.needed and not ipaddress.ip_address(host).is_loopback:
         print("warning: everyone who reaches this address can use it; give --api-key or INTAGLIO_API_KEY", flush=True)
-    config = uvicorn.Config(create_app(service), log_level="info", timeout_graceful_shutdown=_LAST_BYTES, server_header=False)
-    await _Draining(config, lambda: service.drain(timeout)).serve([listening])
+    config = uvicorn.Config(
+        create_app(service, options.hosts),
+        http=impatient(options.max_connections, options.header_timeout),
+        log_level="info",
+        timeout_graceful_shutdown=_LAST_BYTES,
+        server_header=False,
+    )
+    await _Draining(config, lambda: service.drain(options.shutdown_timeout)).serve([listening])
 
 
 class _Draining(uvicorn.Server):

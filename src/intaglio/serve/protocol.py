@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from .errors import NOT_OFFERED
 
 __all__ = ["ChatRequest", "CompletionRequest", "LoadRequest", "Message", "TextRequest", "UnloadRequest"]
 
@@ -120,7 +123,8 @@ class TextRequest(_Body):
         for name, neutral in _NEUTRAL.items():
             given = data.get(name)
             if given is not None and not any(given == n and isinstance(given, bool) == isinstance(n, bool) for n in neutral):
-                raise ValueError(f"{name}: not offered; leave it out or give {neutral[0]!r}")
+                wanted = {"field": name, "neutral": repr(neutral[0])}
+                raise PydanticCustomError(NOT_OFFERED, "{field}: not offered; leave it out or give {neutral}", wanted)
         return {k: v for k, v in data.items() if k not in _NEUTRAL and k not in _FOR_THE_RECORD and not (k == "store" and not v)}
 
     @field_validator("temperature")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..adapter.names import check_name
+
+if TYPE_CHECKING:
+    from .service import Service
 
 __all__ = ["ENGINES", "Options", "Server", "parse_adapters", "serve"]
 
@@ -32,7 +35,7 @@ class Server:
 def _ours(options: Options, adapters: Mapping[str, Path]) -> None:
     from .process import run
 
-    run(options, adapters)
+    run(options, lambda: _start(options))
 
 
 def _vllms(options: Options, adapters: Mapping[str, Path]) -> str:
@@ -41,7 +44,7 @@ def _vllms(options: Options, adapters: Mapping[str, Path]) -> str:
     return run(options, adapters)
 
 
-_BATCHING = ("max_batch", "max_queue", "max_tokens", "max_body")
+_BATCHING = ("max_batch", "max_queue", "max_tokens", "max_body", "allowed_host", "max_connections", "header_timeout")
 ENGINES = {
     "intaglio": Server("this process", _ours, ("export_dir", "dry_run")),
     "vllm": Server(
@@ -81,12 +84,24 @@ class Options:
     max_context: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default the model's", min=2)] = None
     max_tokens: Annotated[int | None, typer.Option(help="longest answer; default what the context leaves", min=1)] = None
     max_body: Annotated[int, typer.Option(help="bytes of a request", min=1)] = 1 << 20
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="name that callers may use for the server; on loopback no others", metavar="NAME"),
+    ] = None
+    max_connections: Annotated[int, typer.Option(help="connections at once, idle ones too", min=1)] = 1024
+    header_timeout: Annotated[float, typer.Option(help="seconds for the head of a request to come", min=0.1)] = 10.0
     shutdown_timeout: Annotated[float, typer.Option(help="seconds for requests at work after SIGTERM", min=0)] = 30.0
     engine: Annotated[
         str, typer.Option(help="who serves: " + "; ".join(f"{name}, {engine.help}" for name, engine in ENGINES.items()))
     ] = "intaglio"
     export_dir: Annotated[Path, typer.Option(help="for another engine: folder of the exported LoRAs")] = Path("exports/vllm")
     dry_run: Annotated[bool, typer.Option("--dry-run", help="for another engine: print the command only")] = False
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names that callers may address the server by; none: any, as behind a proxy that looks at them."""
+        local = ("localhost", "127.0.0.1", "[::1]") if self.host in ("localhost", "127.0.0.1", "::1") else ()
+        return (*local, *(self.allowed_host or ()))
 
     @property
     def served_name(self) -> str:
@@ -125,6 +140,38 @@ def serve(options: Options) -> str | None:
     adapters = parse_adapters(options.adapter or ())
     _check(options, adapters)
     return ENGINES[options.engine].run(options, adapters)
+
+
+def _start(options: Options) -> Service:
+    """The base, its adapters and the engine, which runs."""
+    adapters = parse_adapters(options.adapter or ())
+    from ..hf.models import end_tokens, load_model, load_tokenizer
+    from ..runs.folder import adapter_of
+    from ..runs.load import template_of
+    from ..runtime.engine import Engine
+    from ..runtime.store import AdapterStore
+    from .limits import Limits
+    from .service import Service
+
+    tokenizer = load_tokenizer(options.base)
+    model: Any = load_model(options.base, **({} if options.dtype is None else {"dtype": options.dtype})).eval()
+    store = AdapterStore(model, base=options.served_name, capacity_bytes=int(options.adapter_memory * 2**30))
+    ends = end_tokens(model, tokenizer)
+    engine = Engine(model, store, eos=ends, max_batch=options.max_batch, max_context=options.max_context)
+    limits = Limits(options.max_tokens, max_running=options.max_batch, max_queue=options.max_queue, max_body=options.max_body)
+    service = Service(
+        engine,
+        tokenizer,
+        options.served_name,
+        vocabulary=model.get_input_embeddings().num_embeddings,
+        limits=limits,
+        keys=options.api_key or (),
+        adapter_root=options.adapter_root,
+    )
+    for name, path in adapters.items():
+        service.add(name, adapter_of(path)[0], template_of(path))
+    engine.start()
+    return service
 
 
 def _check(options: Options, adapters: Mapping[str, Path]) -> None:

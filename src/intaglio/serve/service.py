@@ -10,6 +10,7 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 
+from ..adapter.folder import own_template
 from ..runtime.engine import Engine
 from .answering import Answerer
 from .chat import Prompter
@@ -48,7 +49,8 @@ class Service:
         self.keys, self.started, self._root = Keys(keys), int(time.time()), adapter_root
         self.admission = Admission(limits.max_running + limits.max_queue)
         self.metrics = Metrics(known=self.serves)
-        prompter = Prompter(tokenizer, vocabulary, engine.max_context, limits.max_tokens)
+        self.templates: dict[str, str] = {}
+        prompter = Prompter(tokenizer, vocabulary, engine.max_context, limits.max_tokens, self.templates)
         self.answerer = Answerer(engine, prompter, self.admission, self.metrics)
         self._loading = CapacityLimiter(4)  # threads that read adapters, or wait for one to come free
         self._watch()
@@ -72,6 +74,16 @@ class Service:
             raise ApiError(404, f"the model {model[:100]!r} does not exist", param="model", code="model_not_found")
         return None if model == self.name else model
 
+    def add(self, name: str, folder: Path, template: str | None) -> None:
+        """Load an adapter that is asked by a chat template of its own, or by the base's.
+
+        Raises:
+            AdapterError: for one that is damaged, of another base, too large, or there already.
+        """
+        self.store.load(name, folder)
+        if template is not None:
+            self.templates[name] = template
+
     async def load(self, name: str, path: str) -> None:
         """Load an adapter that a caller names.
 
@@ -83,7 +95,7 @@ class Service:
         if name == self.name:
             raise ApiError(400, f"lora_name: {name!r} is the base model's name", param="lora_name")
         try:
-            await to_thread.run_sync(self.store.load, name, folder, limiter=self._loading)
+            await to_thread.run_sync(self.add, name, folder, own_template(folder), limiter=self._loading)
         except ValueError as error:  # in terms of the caller's path, not of this machine's
             raise type(error)(str(error).replace(str(folder), path)) from error
 
@@ -97,6 +109,7 @@ class Service:
         self._loading_root()
         wait = self.limits.unload_wait
         await to_thread.run_sync(lambda: self.store.unload(name, wait=wait), limiter=self._loading)
+        self.templates.pop(name, None)
         self.metrics.forget(name)
 
     def _loading_root(self) -> Path:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapter.delta import Delta
-from ..adapter.folder import PEFT_TYPE, read_config
+from ..adapter.folder import PEFT_TYPE, TEMPLATE, own_template, read_config
 from ..doctor.command_lines import Start, shell
 from ..doctor.engines import ENGINES
 from ..doctor.examine import examine
 from ..export.lora import to_lora
 from ..hf.models import load_model, model_path
 from ..runs.folder import adapter_of
+from ..runs.load import template_of
 
 if TYPE_CHECKING:
     from .run import Options
@@ -44,6 +45,7 @@ def run(options: Options, adapters: Mapping[str, Path]) -> str:
     """
     _check(options, adapters)
     sources = {name: adapter_of(path)[0] for name, path in adapters.items()}
+    template = _template(adapters)
     given = [f"{name}={folder}" for name, folder in sources.items()]
     found = examine(given, _VLLM.name, base=options.base)["engines"][_VLLM.name]
     if found["refused"]:
@@ -65,6 +67,8 @@ def run(options: Options, adapters: Mapping[str, Path]) -> str:
             max_context=options.max_context,
         )
     )
+    if template is not None:
+        command += ["--chat-template", str(template)]
     if options.dry_run:
         return shell(command, found["environment"])
     if trained:  # the base is loaded once
@@ -73,6 +77,28 @@ def run(options: Options, adapters: Mapping[str, Path]) -> str:
             to_lora(Delta.load(sources[name]), model, folders[name], overwrite=True)
     key = {"VLLM_API_KEY": options.api_key[0]} if options.api_key else {}
     return os.execvpe(command[0], command, os.environ | found["environment"] | key)  # noqa: S606
+
+
+def _template(adapters: Mapping[str, Path]) -> Path | None:
+    """The file of the one chat template that all adapters were trained with; None where it is the base's.
+
+    Raises:
+        ValueError: where they have several, of which vLLM would use one for all.
+    """
+    texts = {name: template_of(path) for name, path in adapters.items()}
+    if len(set(texts.values())) > 1:
+        listed = ", ".join(f"{name} ({'its own' if text is not None else 'the base'}'s)" for name, text in texts.items())
+        raise ValueError(
+            f"--engine vllm: the adapters were trained with several chat templates, {listed}, and vLLM has one for all: serve "
+            "each kind by itself, or leave --engine out"
+        )
+    name, text = next(iter(texts.items()))
+    if text is None:
+        return None
+    folder, run = adapter_of(adapters[name])
+    if own_template(folder) is not None or run is None:
+        return folder / TEMPLATE
+    return Path(run["config"]["train"]["chat_template_path"])
 
 
 def _check(options: Options, adapters: Mapping[str, Path]) -> None:

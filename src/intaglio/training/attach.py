@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapter.rest import Rest
 from ..core.entries import Whole
 from ..core.fingerprint import is_attached
 from ..core.probe import Probe
@@ -76,9 +77,31 @@ def attach(
         raise ValueError("this model has a tuner attached already; call its detach() first")
     refuse_foreign(exclude or NOTHING, model)
     left_alone = (exclude or NOTHING).union(_frozen(model))
+    rest = Rest.of(model).without(exclude or ())
     wish = Wish(probe=probe, exclude=left_alone, permute=permute, selection=selection, updates=updates)
     regimes = [REGIMES[name](model, applied, wish) for name, applied in method.regimes]
-    return Tuner(model, method, regimes, base=base, partial=partial)
+    _refuse_fresh(model, regimes[0].start)
+    return Tuner(model, method, regimes, base=base, partial=partial, rest=rest)
+
+
+def _refuse_fresh(model: nn.Module, start: Selection) -> None:
+    """Refuse parameters that no checkpoint had, unless all of them is trained: no adapter would restore them.
+
+    transformers marks what it has loaded. PEFT keeps its own account of what it made.
+
+    Raises:
+        ValueError: naming the parameter, and what to do.
+    """
+    loaded = {name: bool(vars(p).get("_is_hf_initialized")) for name, p in model.named_parameters()}
+    if peft_layers.is_peft(model) or not any(loaded.values()):
+        return
+    fresh = [name for name, there in loaded.items() if not there and not isinstance(start.get(name), Whole)]
+    if fresh:
+        raise ValueError(
+            f"{fresh[0]}: was not in the checkpoint but drawn at random, and this method does not train all of it, so that no "
+            "adapter could restore it. Train it whole, e.g. ID3(whole=(…,)) or get_peft_model with S2FTConfig(task_type=…); or "
+            "save the model once as it is now (save_pretrained) and load that as the base"
+        )
 
 
 def _frozen(model: nn.Module) -> Selection:

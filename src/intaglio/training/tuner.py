@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.delta import Delta
+from ..adapter.rest import Rest
 from ..core.fingerprint import ATTACHED
 from ..core.selection import Selection
 from ..method_kinds.method import NOTHING, Method
@@ -33,11 +34,21 @@ class Tuner:
         step: optimizer updates made so far.
     """
 
-    def __init__(self, model: nn.Module, method: Method, regimes: list[Regime[Any]], *, base: str | None, partial: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        regimes: list[Regime[Any]],
+        *,
+        base: str | None,
+        partial: bool,
+        rest: Rest | None = None,
+    ) -> None:
         self.model, self.regimes, self.step = model, regimes, 0
         self.layout, self._by_name = regimes[0].layout, {regime.name: regime for regime in regimes}
         self._together = False  # whether the processes were seen to train alike
         self._method, self._base = method, base if base is not None else _base_name(model)
+        self._rest = rest
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         try:
@@ -132,7 +143,8 @@ class Tuner:
         self.slots.reconcile()
         values = {name: self.layout.gather(name, e, self.slots[name].target) for name, e in self.selection.items()}
         fingerprints = self.slots.fingerprints() | self.layout.fingerprints
-        return Delta(self.selection, values, fingerprints, self.method.to_dict(), self._base, self._weights())
+        rest = None if self._rest is None else self._rest.without(values)
+        return Delta(self.selection, values, fingerprints, self.method.to_dict(), self._base, self._weights(), rest)
 
     def save(self, directory: str | Path) -> Path:
         """Save the adapter folder: `delta().save(directory)`; of a PEFT model, its own complete adapter folder."""
