@@ -8,7 +8,6 @@ result is bit for bit that of `UpdateMethod.choose_next` on whole gradients, wha
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -71,7 +70,6 @@ class Unmasking(Regime[UpdateMethod]):
         self._fixed: list[Slot] = []
         self._passes = Passes(self.slots)
         self._sums: dict[str, Tensor] = {}  # whole gradients, where they are kept until the update
-        self._sent: list[int] = []  # numbers of the candidates whose whole gradient went to the other processes
         self._damaged = self._watched = False
         self._norm = DenseNorm(self.slots) if self.updates.clip == "dense" else None
         self._steps = Steps(self.slots, self.updates)
@@ -198,7 +196,7 @@ class Unmasking(Regime[UpdateMethod]):
         if self._norm is not None or recorded or self.candidates.any_wanted():
             # Of the processes' mean each looks at a part of its own. Else nothing is sent but the chosen entries, at the end.
             flat, first = ranks.scattered_mean(flat)
-            self._sent.append(rank)
+            self._passes.sent.append(rank)
         if self._norm is not None:
             finite = self._norm.add(flat) and finite
         if self._record is not None and recorded:
@@ -218,7 +216,7 @@ class Unmasking(Regime[UpdateMethod]):
             slot.restore()
         self._all.averaging.average([*slots, *self._fixed])  # what earlier passes averaged stays as it is
         fixed = [slot.values.grad for slot in self._fixed if slot.values.grad is not None]
-        self._agree(self._damaged or not all(bool(gradient.isfinite().all()) for gradient in fixed))
+        self._damaged = self._passes.agree(self._damaged or not all(bool(gradient.isfinite().all()) for gradient in fixed))
         if self._damaged:
             self._show_damage()
         else:
@@ -227,22 +225,6 @@ class Unmasking(Regime[UpdateMethod]):
             self._passes.note(slot)
         if self._norm is not None:
             self._norm.settle()
-
-    def _agree(self, damaged: bool) -> None:
-        """Let what is damaged in one process be so in all; what each sent must be of the same weights in the same order.
-
-        Raises:
-            ValueError: in every process, where it was not.
-        """
-        sent = int.from_bytes(hashlib.sha256(repr(self._sent).encode()).digest()[:7], "big")
-        self._sent.clear()
-        found = ranks.rows(torch.tensor([damaged, sent]))
-        self._damaged = bool(found[:, 0].any())
-        if bool((found[:, 1] != sent).any()):
-            raise ValueError(
-                "the processes of this run formed gradients of different weights, or in another order, so that their mean is "
-                "none: a mixture's expert without tokens in one of them, say; give every process the same layers to run"
-            )
 
     def _show_damage(self) -> None:
         """Make it visible to whoever looks before the update, a `GradScaler` above all: every gradient is NaN."""
