@@ -248,7 +248,7 @@ def test_a_gradient_that_is_broken_in_one_process_changes_nothing_in_any(ranks):
 def equals(rank, world):
     """Many equal scores, spread over the processes: the k best are those of one sort, for every k."""
     from intaglio.core.budget import TopK
-    from intaglio.training.ranks import best_of_all
+    from intaglio.training.best_of_all import best_of_all
 
     generator = torch.Generator().manual_seed(3)
     key = torch.randperm(400, generator=generator) + (torch.arange(400) % 3 << 40)

@@ -14,8 +14,8 @@ from ..core.budget import TopK
 from ..core.fingerprint import fingerprint
 from ..core.selection import Selection
 from ..method_kinds.update_method import Share, UpdateMethod
+from .best_of_all import best_of_all
 from .growing_slot import GrowingSlot
-from .ranks import best_of_all
 from .updates import Updates
 
 __all__ = ["Candidates", "Scorer", "by_rank", "scan"]

@@ -141,10 +141,8 @@ class Unmasking(Regime[UpdateMethod]):
             self.expect(steps=steps)
 
     def norm(self) -> Tensor | None:
-        if self._norm is None:
-            return None
         fixed = [slot.values.grad for slot in self._fixed if slot.values.grad is not None]
-        return torch.nn.utils.get_total_norm([self._norm.value(), *fixed]).float()
+        return None if self._norm is None else torch.nn.utils.get_total_norm([self._norm.value(), *fixed]).float()
 
     @torch.no_grad()
     def _receive(self, rank: int, slot: GrowingSlot, target: Tensor) -> None:
@@ -185,9 +183,8 @@ class Unmasking(Regime[UpdateMethod]):
         """Forget the candidates of this update."""
         self._damaged = False
         self.candidates.restart(self.step + 1)
-        for listener in (self._norm, self._record):
-            if listener is not None:
-                listener.restart()
+        for listener in filter(None, (self._norm, self._record)):
+            listener.restart()
 
     def _take(self, rank: int, slot: GrowingSlot, flat: Tensor) -> None:
         """Keep what is needed of one gradient, flat."""
@@ -215,14 +212,13 @@ class Unmasking(Regime[UpdateMethod]):
         for slot in slots:
             slot.restore()
         self._all.averaging.average([*slots, *self._fixed])  # what earlier passes averaged stays as it is
-        fixed = [slot.values.grad for slot in self._fixed if slot.values.grad is not None]
-        self._damaged = self._passes.agree(self._damaged or not all(bool(gradient.isfinite().all()) for gradient in fixed))
+        whole = all(bool(s.values.grad.isfinite().all()) for s in self._fixed if s.values.grad is not None)
+        self._damaged = self._passes.agree(self._damaged or not whole)
         if self._damaged:
             self._show_damage()
         else:
             self.candidates.join()
-        for slot in slots:
-            self._passes.note(slot)
+        list(map(self._passes.note, slots))
         if self._norm is not None:
             self._norm.settle()
 

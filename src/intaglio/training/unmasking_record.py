@@ -15,6 +15,7 @@ from ..core.entries import from_flat
 from ..core.files import read_mapping
 from ..core.selection import Selection
 from . import ranks
+from .best_of_all import best_of_all
 from .candidates import by_rank, scan
 from .growing_slot import GrowingSlot
 
@@ -75,7 +76,7 @@ class UnmaskingRecord:
         others = {"smallest weights (PaFi)": self._smallest}
         finite = bool(ranks.rows(torch.tensor([self._finite])).all())
         if self._first is not None and self._unmasking.step and finite:
-            largest = self._largest(ranks.best_of_all(self._first, self._budget))
+            largest = self._largest(best_of_all(self._first, self._budget))
             others["largest first gradients (static |g|)"] = largest
         overlaps = {name: chosen.overlap(other) for name, other in others.items()}
         overlap = {name: {"entries": n, "share": n / max(chosen.size, 1)} for name, n in overlaps.items()}
