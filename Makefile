@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test peft-suite selective-parity kernels planted-faults lint format tables clean help
+.PHONY: demo test peft-suite selective-parity kernels distributed planted-faults lint format tables clean help
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make peft-suite  PEFT's own tests on our configs (fetches its source distribution)"
 	@echo "make selective-parity  bit-equality with the authors' ID3 (fetches selective-optimizers 0.4)"
 	@echo "make kernels  the vLLM plugin's GPU kernels in Triton's interpreter (fetches triton 3.9)"
+	@echo "make distributed  training over two and four processes"
 	@echo "make planted-faults  does the suite find one-line faults in the core?"
 	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
 	@echo "make tables  rewrite the tables in README and docs that the code gives"
@@ -69,6 +70,10 @@ build/triton/.ready: $(READY)
 
 kernels: build/triton/.ready
 	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/vllm_plugin/test_vllm_kernels.py $(ARGS)
+
+# Two and four processes on this machine; `make test` runs the same tests on two.
+distributed: $(READY)
+	INTAGLIO_RANKS=2,4 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/training/test_replicas.py $(ARGS)
 
 planted-faults: $(READY)
 	$(BIN)/python tests/planted_faults.py

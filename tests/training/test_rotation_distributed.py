@@ -1,17 +1,13 @@
 """Layers in turn on two processes (gloo): the same layers everywhere, trained by the mean of both batches."""
 
-import json
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_distributed import free_port
 from torch.nn.parallel import DistributedDataParallel
 
 from intaglio import IST, S2FT, Batches, Full, attach
 from support import tiny
 from support.layers import NAME, adapted, changed, layer_of, stack, weights
+from support.processes import on_processes
 
 CASES = {
     "lora": (IST(layers=2, interval=3), lambda: adapted(dtype=torch.float64, lora_dropout=0.0)),
@@ -47,17 +43,12 @@ def train(case, wrapped, pick, probe, steps=10):
     return {"weights": weights(model), "rotation": tuner.rotation.state()}
 
 
-def worker(rank, port, folder):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-
+def worker(rank, world):
     def wrap(model):
         return DistributedDataParallel(model, find_unused_parameters=True)
 
-    for case in CASES:
-        probe = Batches([halves(90 + i)[rank] for i in range(2)], measure)  # each process its own data
-        torch.save(train(case, wrap, lambda step: [halves(step)[rank]], probe), f"{folder}/{case}-{rank}.pt")
-    dist.destroy_process_group()
+    probe = Batches([halves(90 + i)[rank] for i in range(2)], measure)  # each process its own data
+    return {case: train(case, wrap, lambda step: [halves(step)[rank]], probe) for case in CASES}
 
 
 class Mean:
@@ -72,9 +63,9 @@ class Mean:
 
 def test_two_ranks_equal_one_process(tmp_path):
     """IST checklist 26: the same masks at every update, losses averaged, no union of masks, weights equal."""
-    mp.spawn(worker, args=(free_port(), str(tmp_path)), nprocs=2)
+    ranks = on_processes(2, tmp_path, worker)
     for case in CASES:
-        one, two = (torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        one, two = (rank[case] for rank in ranks)
         assert one["rotation"] == two["rotation"]
         assert all(torch.equal(one["weights"][key], two["weights"][key]) for key in one["weights"])
         alone = train(case, lambda model: model, halves, Mean())
@@ -85,9 +76,8 @@ def test_two_ranks_equal_one_process(tmp_path):
             torch.testing.assert_close(one["weights"][key], want, rtol=0, atol=1e-9)
 
 
-def unprepared(rank, port, folder):
+def unprepared(rank, world):
     """DDP that expects every gradient, and ranks with seeds of their own."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = adapted()
     tuner = attach(model, IST(layers=2, seed=rank), probe=Batches([tiny.batch(NAME)]))
     try:
@@ -95,21 +85,19 @@ def unprepared(rank, port, folder):
         for step in range(2):
             run(**halves(step)[rank]).loss.backward()
     except RuntimeError as error:
-        (folder / f"{rank}.json").write_text(json.dumps([str(error), tuner.rotation.active]))
-    dist.destroy_process_group()
+        return str(error), tuner.rotation.active
+    return "", []
 
 
 def test_ddp_that_expects_every_gradient_stops(tmp_path):
     """IST checklist 26: torch names the setting; and ranks agree on layers even where their seeds differ."""
-    mp.spawn(unprepared, args=(free_port(), tmp_path), nprocs=2)
-    (error, layers), (_, others) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    (error, layers), (_, others) = on_processes(2, tmp_path, unprepared)
     assert "find_unused_parameters=True" in error
     assert layers == others
 
 
-def uneven(rank, port, folder):
+def uneven(rank, world):
     """One process trains on fewer rows than the other, which splits a probe into more pieces."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model, pieces = adapted(), []
 
     def loss(model, batch):
@@ -120,13 +108,11 @@ def uneven(rank, port, folder):
     run, optimizer = DistributedDataParallel(model, find_unused_parameters=True), tuner.optimizer(torch.optim.SGD, lr=0.1)
     run(**tiny.batch(NAME, rows=1 + 3 * rank)).loss.backward()
     optimizer.step()
-    (folder / f"{rank}.json").write_text(json.dumps(pieces))
-    dist.destroy_process_group()
+    return pieces
 
 
 def test_a_probe_has_as_many_pieces_in_every_process(tmp_path):
     """A trainer's loss may gather over processes, and would wait for ever for one that has fewer."""
-    mp.spawn(uneven, args=(free_port(), tmp_path), nprocs=2)
-    few, many = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    few, many = on_processes(2, tmp_path, uneven)
     assert few == many
     assert set(few) == {4}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_distributed import free_port, halves
+from test_distributed import halves
 from torch import nn
 
 from intaglio import ID3, Updates, attach
 from support import tiny
+from support.processes import on_processes
 from support.unmasking import adamw, chosen
 
 METHODS = [
@@ -33,13 +33,8 @@ def train(method, pick, *, updates=None):
     return {"weights": tuner.detach().state_dict(), "masks": masks}
 
 
-def worker(rank, port, folder):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    for i, method in enumerate(METHODS):
-        torch.save(train(method, lambda step: [halves(step)[rank]]), folder / f"{i}-{rank}.pt")
-    (folder / f"refusal-{rank}").write_text(sharded())
-    dist.destroy_process_group()
+def worker(rank, world):
+    return [train(method, lambda step: [halves(step)[rank]]) for method in METHODS], sharded()
 
 
 def sharded():
@@ -56,25 +51,22 @@ def sharded():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(free_port(), folder), nprocs=2)
-    return folder
+def ranks(tmp_path_factory):
+    return on_processes(2, tmp_path_factory.mktemp("ranks"), worker)
 
 
 @pytest.mark.parametrize("i", range(len(METHODS)))
-def test_two_ranks_choose_and_train_as_one_process(folder, i):
+def test_two_ranks_choose_and_train_as_one_process(ranks, i):
     """ID3 checklist 17: masks and weights bit for bit: halves of two batches sum as one sum is halved."""
-    ranks = [torch.load(folder / f"{i}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    one, two = (trained[i] for trained, _ in ranks)
     alone = train(METHODS[i], halves, updates=Updates(accumulation="exact"))
-    assert ranks[0]["masks"] == ranks[1]["masks"] == alone["masks"]
+    assert one["masks"] == two["masks"] == alone["masks"]
     for name, want in alone["weights"].items():
-        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
-        assert torch.equal(ranks[0]["weights"][name], want)
+        assert torch.equal(one["weights"][name], two["weights"][name])
+        assert torch.equal(one["weights"][name], want)
 
 
-def test_sharded_weights_are_refused_by_name(folder):
+def test_sharded_weights_are_refused_by_name(ranks):
     """ID3 checklist 18, 19 and 23 are not offered: never a budget per rank, and no state to re-shard."""
-    for rank in (0, 1):
-        message = (folder / f"refusal-{rank}").read_text()
+    for _, message in ranks:
         assert message.startswith("0.weight: sharded over processes (DTensor); entries are chosen by whole gradients")

@@ -159,6 +159,18 @@ class TopK:
         score[mine], payload[mine] = change(offset, payload[mine])
         return offset
 
+    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(scores, keys, payloads) of the k best, best first; a key is tensor rank and offset in one number."""
+        self._prune()
+        return self._scores[0], self._keys[0], self._payloads[0]
+
+    @classmethod
+    def of(cls, k: int, score: Tensor, key: Tensor, payload: Tensor) -> TopK:
+        """The k best of what others held."""
+        best = cls(k)
+        best._scores, best._keys, best._payloads, best._held = [score], [key], [payload], key.numel()
+        return best
+
     def winners(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(tensor ranks, flat offsets, payloads) of the k best, best first; of all, where there are fewer."""
         self._prune()

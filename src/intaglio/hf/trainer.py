@@ -10,6 +10,7 @@ checkpoint-N/
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..core.probe import label_count
+from ..training import ranks
 from .checkpoint import load_tuner_state, mark_complete, save_tuner_state
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class _Marked:
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]  # a Trainer's
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        ranks.wait()  # every process has written its random state
         if self.args.should_save and folder.exists() and not self.args.save_only_model:
             mark_complete(folder, self.state.global_step, self.settings)
 
@@ -69,24 +72,23 @@ class SparseMixin(_Marked):
         kwargs: the Trainer's arguments, without `model` and `peft_config`.
 
     Raises:
-        ValueError: under DeepSpeed or FSDP, under data parallelism where a gradient is gathered outside the graph, and where
-            gradients add up over several passes in a way that the tuner was not told.
+        ValueError: under DeepSpeed or FSDP, and where gradients add up over several passes in a way that the tuner was not told.
     """
 
     def __init__(self: Any, tuner: Tuner, **kwargs: Any) -> None:
         self.tuner = tuner
-        if any(regime.leaves_unused for regime in tuner.regimes):
-            expect_unused_parameters(kwargs.get("args"))
         super().__init__(model=tuner.model, **kwargs)  # type: ignore[call-arg]  # a Trainer's
         if kwargs.get("ref_model") is None:
             self._take_as_reference()
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("DeepSpeed and FSDP shard the weights that sparse training writes to; use one process or DDP")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fsdp:
+            raise ValueError(
+                "DeepSpeed and FSDP shard the weights that sparse training writes to; leave them out: every process "
+                "then holds the model, and only what is trained travels"
+            )
         if self.args.n_gpu > 1:
             raise ValueError("one process drives several GPUs (nn.DataParallel): set CUDA_VISIBLE_DEVICES to one of them")
-        gathered = [slot.name for slot in tuner.slots if slot.is_gathered]
-        if self.args.world_size > 1 and gathered:
-            raise ValueError(f"{gathered[0]}: gradients of scattered entries are not reduced over processes; use one process")
+        # The slots average their own gradients; DistributedDataParallel would have nothing to do, or do it twice.
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         for regime in tuner.regimes:
             regime.measure_by(self._probe_loss)
             regime.expect(passes=self.args.gradient_accumulation_steps)
@@ -121,10 +123,15 @@ class SparseMixin(_Marked):
     def _probe_loss(self: Any, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The trainer's own loss, without a trace in its metrics."""
         kept = {key: copy.deepcopy(vars(self)[key]) for key in ("_metrics", "_stored_metrics") if key in vars(self)}
-        count = torch.tensor(label_count(model, batch)) if self.compute_loss_func is not None else None
+        count = ranks.total(torch.tensor(label_count(model, batch))) if self.compute_loss_func is not None else None
         loss = self.compute_loss(model, dict(batch), num_items_in_batch=count)
         vars(self).update(kept)
         return loss
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; gradients travel with the last pass of an update only."""
+        self.tuner.slots.averaging.waits = not self.accelerator.sync_gradients
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]  # a Trainer's
 
     def _clip_grad_norm(self: Any, model: nn.Module) -> Tensor:
         return self.tuner.clip_grad_norm_(self.args.max_grad_norm)

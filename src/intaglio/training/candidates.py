@@ -14,6 +14,7 @@ from ..core.budget import TopK
 from ..core.fingerprint import fingerprint
 from ..core.selection import Selection
 from ..method_kinds.update_method import Share, UpdateMethod
+from .best_of_all import best_of_all
 from .growing_slot import GrowingSlot
 from .updates import Updates
 
@@ -34,27 +35,32 @@ class Scorer(Protocol):
         ...
 
 
-def scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: int, barred: list[Tensor]) -> bool:
+def scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: int, barred: list[Tensor], first: int = 0) -> bool:
     """Add one tensor's entries to the best so far; False, and nothing added, where a gradient is not finite.
 
     Args:
-        gradient: flat, `[n]`.
-        weight: flat, `[n]`.
+        gradient: flat, `[n]`, of the whole tensor or of a part.
+        weight: flat, of the whole tensor.
         method: scores them.
         best: what is kept.
         rank: the tensor's place in the total order.
-        barred: flat offsets that must not be chosen; their gradients are set to 0 meanwhile.
+        barred: flat offsets in the tensor that must not be chosen; their gradients are set to 0 meanwhile.
+        first: where in the tensor the gradient begins.
     """
+    end = first + gradient.numel()
+    if gradient.numel() < weight.numel():
+        weight = weight[first:end]
+        barred = [offset[(offset >= first) & (offset < end)] - first for offset in barred]
     kept = [gradient[offset] for offset in barred]
     for offset in barred:
         gradient[offset] = 0
-    finite = _scan(gradient, weight, method, best, rank, barred)
+    finite = _scan(gradient, weight, method, best, rank, barred, first)
     for offset, values in zip(reversed(barred), reversed(kept), strict=True):  # it may share its storage with another gradient
         gradient[offset] = values
     return finite
 
 
-def _scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: int, barred: list[Tensor]) -> bool:
+def _scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: int, barred: list[Tensor], first: int) -> bool:
     peaks = _peaks(gradient)
     if not bool(peaks.isfinite().all()):
         return False
@@ -63,14 +69,14 @@ def _scan(gradient: Tensor, weight: Tensor, method: Scorer, best: TopK, rank: in
         least = method.least_gradient(best.threshold)
         if least > 0:
             at = _reaching(g, peaks[start // BLOCK : (start + CHUNK) // BLOCK], least)
-            best.add(rank, method.score(w[at], g[at]), at + start, g[at])
+            best.add(rank, method.score(w[at], g[at]), at + start + first, g[at])
             continue
         score = method.score(w, g)
         if best.threshold <= 0:  # else their score of 0 bars them
             for offset in barred:
                 score[offset[(offset >= start) & (offset < start + g.numel())] - start] = float("-inf")
         at = (score >= best.threshold).nonzero().flatten() if best.threshold > float("-inf") else (score >= 0).nonzero().flatten()
-        best.add(rank, score[at], at + start, g[at])
+        best.add(rank, score[at], at + start + first, g[at])
     return True
 
 
@@ -165,13 +171,14 @@ class Candidates:
         """Whether this update chooses entries."""
         return any(self._wanted(pool) > 0 for pool in self._pools)
 
-    def add(self, rank: int, slot: GrowingSlot, gradient: Tensor) -> bool:
+    def add(self, rank: int, slot: GrowingSlot, gradient: Tensor, first: int = 0) -> bool:
         """Add a parameter's gradient, flat; False where it, or its sum with earlier ones, is not finite.
 
         Args:
             rank: the parameter's place among the candidates.
             slot: of the parameter.
-            gradient: flat, `[n]`.
+            gradient: flat, `[n]`; of several processes' mean, the part of this one.
+            first: where in the parameter it begins.
         """
         pool = self._member[slot.name]
         if self._wanted(pool) <= 0:
@@ -186,19 +193,20 @@ class Candidates:
             def summed(offset: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
                 nonlocal finite
                 place = offset.to(gradient.device)
-                total = earlier + gradient[place].to(earlier)
+                total = earlier + gradient[place - first].to(earlier)
                 finite = bool(total.isfinite().all())
                 return self.method.score(weight[place], total.to(gradient.device)).cpu(), total
 
             barred.append(pool.best.revise(rank, summed).to(gradient.device))
-        return scan(gradient, weight, self.method, pool.best, rank, barred) and finite
+        return scan(gradient, weight, self.method, pool.best, rank, barred, first) and finite
 
     def join(self) -> None:
         """Let the winners join their slots, provisionally."""
         for pool in self._pools:
             if pool.best is None:
                 continue
-            winners = dict(by_rank(*pool.best.winners(self._wanted(pool))))
+            wanted = self._wanted(pool)
+            winners = dict(by_rank(*best_of_all(pool.best, wanted).winners(wanted)))
             none = torch.empty(0, dtype=torch.int64), torch.empty(0)
             for rank, slot in enumerate(self.slots.values()):
                 offset, gradient = (tensor.to(slot.target.device) for tensor in winners.get(rank, none))

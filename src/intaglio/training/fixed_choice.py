@@ -10,7 +10,7 @@ from torch import nn
 from ..core.selection import Selection
 from ..method_kinds.method import Method
 from ..model.permute import Layout, co_permute
-from .ranks import refuse_differing as refuse_differing_ranks
+from . import ranks
 from .regime import Regime, Wish, chooser_of, refuse_differing
 from .slots import Slots
 
@@ -36,7 +36,7 @@ class FixedChoice(Regime[Method]):
         chosen = method.choose(model, wish.probe, wish.exclude) if wish.selection is None else wish.selection
         if not chosen:
             raise ValueError(f"{method}: selects nothing in this model")
-        refuse_differing_ranks(chosen)
+        ranks.refuse_differing(chosen)
         self._chosen = chosen
         self._layout = co_permute(model, chosen, wish.probe) if wish.permute else Layout()
         self.start = self._layout.entries(chosen)

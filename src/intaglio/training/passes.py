@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import final
 
 import torch
 from torch import Tensor
 
+from . import ranks
 from .growing_slot import GrowingSlot
 
 __all__ = ["DenseNorm", "Passes"]
@@ -22,11 +24,13 @@ class Passes:
 
     Attributes:
         seen: candidates that got a gradient.
+        sent: numbers of the candidates whose whole gradient went to the other processes, in this backward.
     """
 
     def __init__(self, slots: Mapping[str, GrowingSlot]) -> None:
         self._slots = slots
         self.seen: set[str] = set()
+        self.sent: list[int] = []
         self._task = -1
         self._versions: dict[str, int] = {}
 
@@ -41,6 +45,22 @@ class Passes:
         torch.autograd.Variable._execution_engine.queue_callback(finish)
         self._task = task
         return True
+
+    def agree(self, damaged: bool) -> bool:
+        """Whether any process found its gradients damaged; what each sent must be of the same weights in the same order.
+
+        Raises:
+            ValueError: in every process, where it was not.
+        """
+        sent = int.from_bytes(hashlib.sha256(repr(self.sent).encode()).digest()[:7], "big")
+        self.sent.clear()
+        found = ranks.rows(torch.tensor([damaged, sent]))
+        if bool((found[:, 1] != sent).any()):
+            raise ValueError(
+                "the processes of this run formed gradients of different weights, or in another order, so that their mean is "
+                "none: a mixture's expert without tokens in one of them, say; give every process the same layers to run"
+            )
+        return bool(found[:, 0].any())
 
     def note(self, slot: GrowingSlot) -> None:
         """Remember which gradient of a slot is the last one that we wrote."""
@@ -77,13 +97,14 @@ class DenseNorm:
 
     def add(self, gradient: Tensor) -> bool:
         """Add a parameter's gradient; False where its square is not finite."""
-        square = torch.linalg.vector_norm(gradient, dtype=torch.float32).cpu().double().square()
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        square = torch.linalg.vector_norm(gradient, dtype=wide).cpu().double().square()
         self._square = self._square + square
         return bool(square.isfinite())
 
     def settle(self) -> None:
-        """Note that the slots now hold the gradients of this update."""
-        self._selected = self._chosen()
+        """Note that the slots now hold the gradients of this update; every process has added its part."""
+        self._square, self._selected = ranks.total(self._square), self._chosen()
 
     def value(self) -> Tensor:
         """The norm, fp64 scalar; scaled, where the slots' gradients were since `settle` (by a `GradScaler`)."""

@@ -62,10 +62,12 @@ class Regime(ABC, Generic[M]):
         start: entries that train from the start, as they lie in the model.
         layout: where positions of the base lie in the model.
         leaves_unused: whether some trained tensors get no gradient in an update.
+        averages: whether it has the gradients averaged over the processes by itself, with `Slots.averaging`.
     """
 
     name: ClassVar[str]
     leaves_unused: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
     method: M
     start: Selection = NOTHING
 

@@ -150,7 +150,7 @@ class Rotation(Regime[LayerMethod]):
         assert self._loss is not None and self._damping is not None  # noqa: PT018
         device = next(self.model.parameters()).device
         # As many pieces in every process: a trainer's loss may gather over them.
-        largest = ranks.greatest(self._resting.largest, device)
+        largest = ranks.greatest(self._resting.largest)
         pieces = list(chunks(self.model, batch_on(batch, device), largest))
         found = []
         with quiet(self.model), torch.no_grad(), self._resting.autocast():
@@ -200,7 +200,7 @@ class Rotation(Regime[LayerMethod]):
 
     def _draw(self, step: int) -> None:
         active = self.method.active(self.importance, self._generators["draws"], self._ages)
-        (self.active,) = ranks.same_sets([active], len(self.layers), next(self.model.parameters()).device)
+        (self.active,) = ranks.same_sets([active])
         assert len(self.active) == self.method.active_count(len(self.layers))
         self._ages = [0 if number in self.active else age + 1 for number, age in enumerate(self._ages)]
         self.history["draws"].append([step, list(self.active)])
@@ -209,7 +209,7 @@ class Rotation(Regime[LayerMethod]):
     def _learn(self, step: int, probe: Probe) -> None:
         start = time.perf_counter()
         device = next(self.model.parameters()).device
-        sets = ranks.same_sets(self.method.suppressed_sets(self.importance, self._generators["sets"]), len(self.layers), device)
+        sets = ranks.same_sets(self.method.suppressed_sets(self.importance, self._generators["sets"]))
         if sets:
             losses = ranks.mean_losses(self.losses(sets, self._next_batch(probe)), device)
             self.probes += 1

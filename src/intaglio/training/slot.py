@@ -124,9 +124,19 @@ class Slot(nn.Module, ABC):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state that `check` has passed."""
 
+    @property
+    def leaf(self) -> nn.Parameter:
+        """The tensor that autograd forms a gradient for: `values`, or the weight whose gradient is gathered."""
+        return self.target if self.is_alias or self.is_gathered else self.values
+
+    @property
+    def is_active(self) -> bool:
+        """Whether gradients reach `values`."""
+        return self.leaf.requires_grad
+
     def activate(self, active: bool) -> None:
         """Let gradients reach `values`, or none: then nothing is kept for backward and no gradient is left."""
-        (self.target if self.is_alias or self.is_gathered else self.values).requires_grad_(active)
+        self.leaf.requires_grad_(active)
         if not active:
             self.values.grad = None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.entries import Slices
 from ..core.selection import Selection
 from ..model.structure import is_transposed
+from .averaging import Averaging
 from .fixed_slot import FixedSlot
 from .slot import Slot
 
@@ -21,9 +22,14 @@ __all__ = ["Slots"]
 class Slots(nn.Module):
     """All slots of a model, registered on it so that clipping, counting and sharding see their parameters.
 
+    Attributes:
+        averaging: the mean of their gradients over processes; set once all are there.
+
     Raises:
         ValueError: for a name the model does not have, or a weight that is not floating point (quantized).
     """
+
+    averaging: Averaging
 
     def __init__(self, model: nn.Module, selection: Selection, *, partial: bool = True) -> None:
         super().__init__()

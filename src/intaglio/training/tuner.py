@@ -15,6 +15,7 @@ from ..core.fingerprint import ATTACHED
 from ..core.selection import Selection
 from ..method_kinds.method import NOTHING, Method
 from ..model import peft_layers
+from .averaging import Averaging, refuse_apart
 from .regime import Regime
 from .slots import Slots
 
@@ -45,6 +46,7 @@ class Tuner:
     ) -> None:
         self.model, self.regimes, self.step = model, regimes, 0
         self.layout, self._by_name = regimes[0].layout, {regime.name: regime for regime in regimes}
+        self._together = False  # whether the processes were seen to train alike
         self._method, self._base = method, base if base is not None else _base_name(model)
         self._rest = rest
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -62,6 +64,9 @@ class Tuner:
             self._take_off()
             raise
         model.add_module(ATTACHED, self.slots)
+        self.slots.averaging = Averaging(model, list(self.slots))
+        if not any(regime.averages for regime in regimes):
+            self.slots.averaging.follow()
 
     @property
     def method(self) -> Method:
@@ -106,7 +111,7 @@ class Tuner:
             raise ValueError(
                 "optimizer LBFGS: evaluates the model inside a step, where the weights are not yet written; use another"
             )
-        optimizer.register_step_pre_hook(lambda *_: self.slots.follow_loaded())
+        optimizer.register_step_pre_hook(lambda *_: self._before_step())
         for regime in self.regimes:
             regime.watch(optimizer)
         optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
@@ -184,6 +189,7 @@ class Tuner:
         """
         if self.model._modules.get(ATTACHED) is not self.slots:
             raise ValueError("this tuner is detached already; attach again to go on training")
+        self.slots.averaging.release()
         self._take_off()
         del self.model._modules[ATTACHED]
         return self.model
@@ -202,6 +208,12 @@ class Tuner:
         """Number of weights of the model, without the slots' own."""
         own = {id(parameter) for parameter in self.slots.parameters()} - {id(slot.target) for slot in self.slots}
         return sum(parameter.numel() for parameter in self.model.parameters() if id(parameter) not in own)
+
+    def _before_step(self) -> None:
+        if not self._together:
+            refuse_apart(self.model, list(self.slots))
+            self._together = True
+        self.slots.follow_loaded()
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.slots.write()

@@ -20,11 +20,10 @@ from ..core.entries import Whole
 from ..core.selection import Selection
 from ..method_kinds.update_method import UpdateMethod
 from ..model import peft_layers
-from . import tied_weights
+from . import ranks, tied_weights
 from .candidates import Candidates
 from .growing_slot import GrowingSlot
 from .passes import DenseNorm, Passes
-from .ranks import mean_gradient
 from .regime import Recorder, Regime, Wish, chooser_of, refuse_differing
 from .slot import Slot
 from .slots import Slots
@@ -56,6 +55,7 @@ class Unmasking(Regime[UpdateMethod]):
     """
 
     name = "unmasking"
+    averages = True
 
     def __init__(self, model: nn.Module, method: UpdateMethod, wish: Wish) -> None:
         if wish.permute or wish.selection is not None:
@@ -91,7 +91,7 @@ class Unmasking(Regime[UpdateMethod]):
         return self.start.union(self.unmasked)
 
     def connect(self, slots: Slots) -> None:
-        self._fixed = [slots[name] for name in self.start]
+        self._all, self._fixed = slots, [slots[name] for name in self.start]
         for rank, slot in enumerate(self.slots.values()):
             slots.register(slot)
             slot.connect(partial(self._receive, rank, slot), self._sharers.get(id(slot.target), ()))
@@ -141,10 +141,8 @@ class Unmasking(Regime[UpdateMethod]):
             self.expect(steps=steps)
 
     def norm(self) -> Tensor | None:
-        if self._norm is None:
-            return None
         fixed = [slot.values.grad for slot in self._fixed if slot.values.grad is not None]
-        return torch.nn.utils.get_total_norm([self._norm.value(), *fixed]).float()
+        return None if self._norm is None else torch.nn.utils.get_total_norm([self._norm.value(), *fixed]).float()
 
     @torch.no_grad()
     def _receive(self, rank: int, slot: GrowingSlot, target: Tensor) -> None:
@@ -156,7 +154,7 @@ class Unmasking(Regime[UpdateMethod]):
         self._passes.seen.add(slot.name)
         gradient, target.grad = target.grad, None
         assert gradient is not None
-        flat = mean_gradient((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
+        flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
         if self.updates.accumulation == "exact" and (self.candidates.any_wanted() or self.updates.clip == "dense"):
             total = self._sums.get(slot.name)
             self._sums[slot.name] = flat.clone() if total is None else total.add_(flat)  # `flat` may share its storage
@@ -185,18 +183,22 @@ class Unmasking(Regime[UpdateMethod]):
         """Forget the candidates of this update."""
         self._damaged = False
         self.candidates.restart(self.step + 1)
-        for listener in (self._norm, self._record):
-            if listener is not None:
-                listener.restart()
+        for listener in filter(None, (self._norm, self._record)):
+            listener.restart()
 
     def _take(self, rank: int, slot: GrowingSlot, flat: Tensor) -> None:
         """Keep what is needed of one gradient, flat."""
-        finite = bool(slot.receive(flat).isfinite().all())
+        finite, first = bool(slot.receive(flat).isfinite().all()), 0
+        recorded = self._record is not None and self._record.looks
+        if self._norm is not None or recorded or self.candidates.any_wanted():
+            # Of the processes' mean each looks at a part of its own. Else nothing is sent but the chosen entries, at the end.
+            flat, first = ranks.scattered_mean(flat)
+            self._passes.sent.append(rank)
         if self._norm is not None:
             finite = self._norm.add(flat) and finite
-        if self._record is not None:
-            self._record.see(rank, slot, flat)
-        self._damaged = not (finite and self.candidates.add(rank, slot, flat)) or self._damaged
+        if self._record is not None and recorded:
+            self._record.see(rank, slot, flat, first)
+        self._damaged = not (finite and self.candidates.add(rank, slot, flat, first)) or self._damaged
 
     @torch.no_grad()
     def _finish(self) -> None:
@@ -207,18 +209,16 @@ class Unmasking(Regime[UpdateMethod]):
             for rank, slot in ((rank, slot) for rank, slot in enumerate(slots) if slot.name in self._sums):
                 slot.clear()
                 self._take(rank, slot, self._sums[slot.name])
-        for gradient in (slot.values.grad for slot in self._fixed):
-            if gradient is not None:
-                gradient.copy_(mean_gradient(gradient))  # what earlier passes averaged stays as it is
-                self._damaged = self._damaged or not bool(gradient.isfinite().all())
         for slot in slots:
             slot.restore()
+        self._all.averaging.average([*slots, *self._fixed])  # what earlier passes averaged stays as it is
+        whole = all(bool(s.values.grad.isfinite().all()) for s in self._fixed if s.values.grad is not None)
+        self._damaged = self._passes.agree(self._damaged or not whole)
         if self._damaged:
             self._show_damage()
         else:
             self.candidates.join()
-        for slot in slots:
-            self._passes.note(slot)
+        list(map(self._passes.note, slots))
         if self._norm is not None:
             self._norm.settle()
 

@@ -14,6 +14,8 @@ from ..core.budget import TopK, top_k, without
 from ..core.entries import from_flat
 from ..core.files import read_mapping
 from ..core.selection import Selection
+from . import ranks
+from .best_of_all import best_of_all
 from .candidates import by_rank, scan
 from .growing_slot import GrowingSlot
 
@@ -41,35 +43,46 @@ class UnmaskingRecord:
         excluded = {name: slot.excluded for name, slot in unmasking.slots.items() if slot.excluded is not None}
         negative_sizes = ((name, -scores.magnitude(slot.target)) for name, slot in unmasking.slots.items())
         self._smallest = top_k(without(negative_sizes, excluded), self._budget)
-        self._first: TopK | None = None  # of the largest gradients of the first update
+        self._first: TopK | None = None  # of the largest gradients of the first update, as far as this process sees them
+        self._finite = True
         self.restart()
 
     def restart(self) -> None:
         """Forget the gradients of an update that was not made."""
         if self._unmasking.step == 0 and self._unmasking.updates.accumulation != "lean":
-            self._first = TopK(self._budget)
+            self._first, self._finite = TopK(self._budget), True
 
     def resume(self, step: int) -> None:
         """Go on after update number `step`, when the first update's gradients are gone."""
         self._first = None if step else self._first
 
-    def see(self, rank: int, slot: GrowingSlot, flat: Tensor) -> None:
-        """Look at a gradient, flat, of the candidate at `rank`."""
-        if self._unmasking.step == 0 and self._first is not None:
-            barred = [] if slot.excluded is None else [slot.excluded]
-            if not scan(flat, slot.target.detach().reshape(-1), _Size(), self._first, rank, barred):
-                self._first = None
+    @property
+    def looks(self) -> bool:
+        """Whether it still looks at gradients."""
+        return self._unmasking.step == 0 and self._first is not None
+
+    def see(self, rank: int, slot: GrowingSlot, flat: Tensor, first: int = 0) -> None:
+        """Look at a gradient, flat, of the candidate at `rank`, or at the part of it that begins at `first`."""
+        assert self._first is not None
+        barred = [] if slot.excluded is None else [slot.excluded]
+        self._finite = scan(flat, slot.target.detach().reshape(-1), _Size(), self._first, rank, barred, first) and self._finite
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write `unmasking.json`: per parameter how many entries were chosen by which update, and overlaps. Returns it."""
+        """Write `unmasking.json`: per parameter how many entries were chosen by which update, and overlaps. Returns it.
+
+        All processes call it, the first writes.
+        """
         chosen = self._unmasking.unmasked
         others = {"smallest weights (PaFi)": self._smallest}
-        if self._first is not None and self._unmasking.step:
-            others["largest first gradients (static |g|)"] = self._largest(self._first)
+        finite = bool(ranks.rows(torch.tensor([self._finite])).all())
+        if self._first is not None and self._unmasking.step and finite:
+            largest = self._largest(best_of_all(self._first, self._budget))
+            others["largest first gradients (static |g|)"] = largest
         overlaps = {name: chosen.overlap(other) for name, other in others.items()}
         overlap = {name: {"entries": n, "share": n / max(chosen.size, 1)} for name, n in overlaps.items()}
         record = self._spent() | {"overlap": overlap}
-        (folder / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if ranks.is_first():
+            (folder / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return record
 
     def _spent(self) -> dict[str, Any]:
