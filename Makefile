@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test peft-suite selective-parity kernels distributed planted-faults lint format tables clean help
+.PHONY: demo test peft-suite selective-parity kernels distributed faults fuzz soak planted-faults lint format tables clean help
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
@@ -16,6 +16,7 @@ help:
 	@echo "make selective-parity  bit-equality with the authors' ID3 (fetches selective-optimizers 0.4)"
 	@echo "make kernels  the vLLM plugin's GPU kernels in Triton's interpreter (fetches triton 3.9)"
 	@echo "make distributed  training over two and four processes"
+	@echo "make faults  training killed and resumed    make fuzz  damaged adapters    make soak  training for long"
 	@echo "make planted-faults  does the suite find one-line faults in the core?"
 	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
 	@echo "make tables  rewrite the tables in README and docs that the code gives"
@@ -74,6 +75,16 @@ kernels: build/triton/.ready
 # Two and four processes on this machine; `make test` runs the same tests on two.
 distributed: $(READY)
 	INTAGLIO_RANKS=2,4 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/training/test_replicas.py $(ARGS)
+
+# Long: what was tried stays in benchmarks/results; the suite runs a short form of each.
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py --write $(ARGS)
+
+fuzz: $(READY)
+	$(BIN)/python benchmarks/fuzz.py --write $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py --write $(ARGS)
 
 planted-faults: $(READY)
 	$(BIN)/python tests/planted_faults.py

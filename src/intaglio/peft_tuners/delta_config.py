@@ -177,9 +177,16 @@ class DeltaConfig(TargetedConfig):
         """Read a config, and refuse a local folder whose weights are damaged.
 
         Raises:
-            ValueError: where the weights' hash is not the recorded one.
+            ValueError: where the config is damaged, or the weights' hash is not the recorded one.
         """
-        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (RecursionError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: its config is damaged ({type(error).__name__}: {error})"
+            ) from error
+        if not isinstance(config, DeltaConfig):
+            return config  # of PEFT's own type, as the folder says
         weights = Path(pretrained_model_name_or_path) / (subfolder or "") / WEIGHTS
         if config.sha256 is not None and weights.is_file():
             found = hashlib.sha256(weights.read_bytes()).hexdigest()
