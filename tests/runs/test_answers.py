@@ -30,7 +30,7 @@ def test_batched_generation_equals_a_plain_greedy_loop(model_and_tokenizer, batc
             if following == tokenizer.eos_token_id:
                 break
             ids = torch.cat([ids, following[None, None]], dim=1)
-        expected.append(tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip())
+        expected.append((tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip(), ids.shape[1] - start == 8))
     assert generate_answers(model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=8) == expected
     assert len(set(expected)) > 1
 
@@ -54,7 +54,7 @@ def test_generation_leaves_mode_and_tokenizer_alone(model_and_tokenizer):
 
 def test_counts(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    outputs = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8)
+    outputs = [output.text for output in generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8)]
     rows = [{"prompt": p, "answer": o if i < 3 else "\0"} for i, (p, o) in enumerate(zip(PROMPTS, outputs, strict=True))]
     score, records = evaluate(model, tokenizer, rows, EvaluateBlock.model_validate({"max_new_tokens": 8}))
     assert (score.total, score.correct, score.exact) == (5, 3, 3)
@@ -96,7 +96,7 @@ def test_extract_takes_the_last_match(model_and_tokenizer):
 def test_extract_reads_the_reference_too(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     block = EvaluateBlock.model_validate({"extract": "[^ ]", "max_new_tokens": 8})
-    output = generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=8)[0]
+    output = generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=8)[0].text
     rows = [{"prompt": PROMPTS[0], "answer": "a long solution " + output.replace(" ", "")[-1]}]
     assert evaluate(model, tokenizer, rows, block)[0].correct == 1
 
@@ -119,3 +119,16 @@ def test_every_score_can_be_drawn(hits, tmp_path):
 def test_wilson_interval(hits, total, low, high):
     """Against the published table values of the Wilson score interval (R: prop.test(correct = FALSE))."""
     assert wilson(hits, total) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_outputs_that_were_cut_are_counted_and_no_skill_is_told_from_them(model_and_tokenizer):
+    from intaglio.report.tables import _gain
+
+    model, tokenizer = model_and_tokenizer
+    rows = [{"prompt": prompt, "answer": "x"} for prompt in PROMPTS]
+    short = evaluate(model, tokenizer, rows, EvaluateBlock.model_validate({"max_new_tokens": 1}))[0].to_dict()
+    ended = [output.is_cut for output in generate_answers(model, tokenizer, PROMPTS, max_new_tokens=1)]
+    assert short["cut"] == sum(ended) > 0
+    told = dict(_gain(short, short))
+    assert f"{short['cut']} of 5 outputs of the base were cut" in told["  of it skill"]
+    assert "right where the base is wrong" in dict(_gain(short | {"cut": 0}, short))["  of it skill"]

@@ -64,6 +64,10 @@ def _gain(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, 
     gain, form = after["correct"] - before["correct"], before["lenient"] - before["correct"]
     yield "gain", f"{100 * gain / total:+.1f} points"
     yield "  of it format", f"{100 * form / total:+.1f} points: the base has the right answer somewhere in its output"
+    if before.get("cut"):
+        cut = f"{before['cut']} of {total} outputs of the base were cut before they ended: raise evaluate.max_new_tokens"
+        yield "  of it skill", f"not known: {cut}"
+        return
     yield (
         "  of it skill",
         f"{100 * (gain - form) / total:+.1f} points: right where the base is wrong even by that lenient reading",
@@ -73,7 +77,8 @@ def _gain(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, 
 def _score_text(score: dict[str, Any]) -> str:
     interval = f"95 % interval {score['low']:.1%} … {score['high']:.1%}"
     lenient = f"lenient {score['lenient'] / score['total']:.1%}"
-    return f"{score['correct']}/{score['total']} = {score['accuracy']:.1%} right ({interval}; {lenient})"
+    cut = f"; {score['cut']} cut at max_new_tokens" if score.get("cut") else ""
+    return f"{score['correct']}/{score['total']} = {score['accuracy']:.1%} right ({interval}; {lenient}{cut})"
 
 
 def _score(result: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import EvaluateBlock
 from .data import Row, Verify
-from .generate import generate_answers
+from .generate import Output, generate_answers
 
 __all__ = ["Score", "evaluate", "is_lenient_match", "wilson"]
 
@@ -27,6 +27,7 @@ class Score:
         exact: answers equal to the expected string, character by character.
         lenient: outputs that contain the expected answer anywhere as a word or number of its own. It forgives every
             format, so lenient − exact is what a better format alone could gain.
+        cut: outputs that had not ended when they had as many tokens as `max_new_tokens`.
         low, high: 95 % Wilson interval of correct / total.
     """
 
@@ -36,6 +37,7 @@ class Score:
     lenient: int
     low: float
     high: float
+    cut: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -67,7 +69,7 @@ def evaluate(
         title: of the progress bar.
 
     Returns:
-        The score, and a record per row: prompt, answer, output, correct, exact, lenient.
+        The score, and a record per row: prompt, answer, output, correct, exact, lenient, cut.
 
     Raises:
         ValueError: where there is nothing to score.
@@ -87,7 +89,7 @@ def evaluate(
     if block.extract is not None and verify is None:
         rows = [row | {"answer": _extract(block.extract, row["answer"]) or row["answer"]} for row in rows]
     records = [_record(row, output, block.extract, check) for row, output in zip(rows, outputs, strict=True)]
-    counts = {key: sum(record[key] for record in records) for key in ("correct", "exact", "lenient")}
+    counts = {key: sum(record[key] for record in records) for key in ("correct", "exact", "lenient", "cut")}
     low, high = wilson(counts["correct"], len(records))
     return Score(total=len(records), low=low, high=high, **counts), records
 
@@ -110,7 +112,8 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     return 0.0 if hits == 0 else centre - half, 1.0 if hits == total else centre + half
 
 
-def _record(row: Row, output: str, extract: str | None, verify: Verify | None) -> Row:
+def _record(row: Row, generated: Output, extract: str | None, verify: Verify | None) -> Row:
+    output = generated.text
     answer = output if extract is None else _extract(extract, output)
     exact = answer == row["answer"]
     correct = exact if verify is None else verify(answer, row) >= 1.0 - 1e-9
@@ -122,6 +125,7 @@ def _record(row: Row, output: str, extract: str | None, verify: Verify | None) -
         "correct": correct,
         "exact": exact,
         "lenient": lenient,
+        "cut": generated.is_cut,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -11,7 +11,20 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..hf.models import end_tokens
 
-__all__ = ["encode_prompts", "generate_answers"]
+__all__ = ["Output", "encode_prompts", "generate_answers"]
+
+
+class Output(NamedTuple):
+    """A generated answer.
+
+    Attributes:
+        text: without special tokens and outer white space.
+        is_cut: whether it was still going on when it had as many tokens as it may have.
+    """
+
+    text: str
+    is_cut: bool
+
 
 Prompt = str | list[dict[str, Any]]
 
@@ -25,7 +38,7 @@ def generate_answers(
     batch_size: int = 32,
     max_new_tokens: int = 32,
     title: str = "evaluate",
-) -> list[str]:
+) -> list[Output]:
     """Complete each prompt greedily.
 
     Prompts of like length share a batch; the order of the answers is that of the prompts.
@@ -37,13 +50,13 @@ def generate_answers(
         title: of the progress bar.
 
     Returns:
-        The generated text of each prompt, without special tokens and outer white space.
+        What was generated for each prompt.
     """
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=_pad_token(tokenizer), eos_token_id=ends
     )
-    answers: list[str] = [""] * len(prompts)
+    answers: list[Output] = [Output("", False)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
     was_training = model.training
     model.eval()
@@ -51,9 +64,11 @@ def generate_answers(
         rows = order[start : start + batch_size]
         inputs = encode_prompts(tokenizer, [prompts[i] for i in rows]).to(model.device)
         output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(rows, texts, strict=True):
-            answers[i] = text.strip()
+        generated = output[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(generated, torch.tensor(ends, device=generated.device)).any(1).tolist()
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        for i, text, whole in zip(rows, texts, ended, strict=True):
+            answers[i] = Output(text.strip(), not whole)
     model.train(was_training)
     return answers
 
