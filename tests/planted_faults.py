@@ -27,7 +27,7 @@ FAULTS = [
         "core training/test_candidates.py",
     ),
     ("core/fingerprint.py", "sha256(header + raw.tobytes())", "sha256(raw.tobytes())", "core adapter peft_tuners/test_guards.py"),
-    ("model/structure.py", "return (self.offset + units * self.stride)", "return (self.offset + units * self.width)", "model"),
+    ("model/projection.py", "units // self.together * self.stride", "units // self.together * self.width", "model"),
     ("method_kinds/unit_method.py", "(-float(scores[key][unit]), unit)", "(float(scores[key][unit]), unit)", "model"),
     (
         "method_kinds/update_method.py",
@@ -43,7 +43,7 @@ FAULTS = [
         "training",
     ),
     (
-        "training/slot.py",
+        "training/fixed_slot.py",
         "chosen if self.values.grad is None else self.values.grad.add_(chosen)",
         "chosen",
         "training methods/test_contract.py",
@@ -55,6 +55,8 @@ FAULTS = [
         "training",
     ),
     ("training/growing_slot.py", "gone = (~torch.isin(ever, offset))", "gone = (torch.isin(ever, offset))", "training"),
+    ("training/ranks.py", "means = flat.div_(count())", "means = flat", "training/test_replicas.py"),
+    ("adapter/rest.py", "found != mark:", "found == mark:", "adapter"),
     ("training/rotation.py", "tensor.activate(True)", "tensor.activate(False)", "training"),
     ("adapter/overlay.py", "self._write(name, Piece(old.place, old.place.base))", "pass", "adapter"),
     ("adapter/delta.py", "differs = tuned != base", "differs = tuned == base", "adapter"),
