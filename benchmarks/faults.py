@@ -179,7 +179,7 @@ class Bench:
     def _spoil(self, case: Case, folder: Path) -> None:
         """Spoil a file of the newest checkpoint."""
         draw = random.Random(f"spoil {self.seed} {case.key}")
-        newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        newest = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))[-1]
         files = sorted(path for path in newest.rglob("*") if path.is_file())
         damage(draw.choice(files), draw.choice(["flip", "cut", "empty", "remove"]), draw.random())
 

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 KEPT = 1 << 20  # bytes of output
 
 
@@ -73,6 +75,7 @@ def _work(work: Callable[[], object], stream: int) -> None:
     try:
         os.dup2(stream, 1)
         os.dup2(stream, 2)
+        torch.set_num_threads(1)  # it makes its pool of threads anew after a fork, which two threads at once must not do
         sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
         work()
         code = 0
