@@ -78,13 +78,13 @@ distributed: $(READY)
 
 # Long: what was tried stays in benchmarks/results; the suite runs a short form of each.
 faults: $(READY)
-	$(BIN)/python benchmarks/faults.py --write $(ARGS)
+	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 fuzz: $(READY)
-	$(BIN)/python benchmarks/fuzz.py --write $(ARGS)
+	$(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 soak: $(READY)
-	$(BIN)/python benchmarks/soak.py --write $(ARGS)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 planted-faults: $(READY)
 	$(BIN)/python tests/planted_faults.py

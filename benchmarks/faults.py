@@ -1,181 +1,300 @@
-"""Training killed at any moment, resumed, and compared bit for bit with the run that was never disturbed.
+"""Training killed, ended, out of disk and with damaged checkpoints: every run that goes on must end as if nothing had been.
 
-    python benchmarks/faults.py --write
-    python benchmarks/faults.py --kills 2 --only s2ft-float32
+    python benchmarks/faults.py                     # 250 interrupted runs, fifteen minutes on one core
+    python benchmarks/faults.py --rounds 1          # 54 of them
+    python benchmarks/faults.py --only s2ft-float32-torn-checkpoint-0 --show
 
-S2FT, ID3, and LoRA whose layers train in turn (IST), each in fp32 and bf16, on a tiny model through `intaglio.train`. Some
-kills come at a moment drawn from the whole run, some just before a file is put in place or written by torch; the others are
-SIGTERM, a checkpoint with a flipped bit or a file removed, and a full disk (files may not grow beyond a bound). Then
-`resume=True`. Right is: the same bytes of the adapter and the same losses. What was tried stays in the JSON file that is
-written, and is not tried again.
+Each run is the command itself (`intaglio train run.yaml`, then with `--resume`) on a tiny model, in a process forked after the
+libraries were loaded. It is interrupted by the clock, at one of its own writes or inside a file (lib/interruptions.py), some
+twice, some with a file of the newest checkpoint spoilt as well; then it is resumed to its end. What it leaves is compared with an
+uninterrupted run: weights and config of the adapter, logits, loss after every update, mean loss, records of what was chosen.
+Results are kept as they come; a second call goes on where the first stopped (--anew: from the start).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import random
-import resource
-import shutil
-import signal
-import sys
-import tempfile
-import time
-from pathlib import Path
-from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread, or forking would not be safe
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lib import command_line, results
-from lib.machine import device
+import hashlib
+import json
+import random
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from lib import command_line, forked, results
+from lib.interruptions import Interruption, damage, watch
+from lib.journal import Journal
+from lib.tables import table
+
+ROOT = Path(__file__).parent.parent
+STEPS, EVERY = 8, 2  # updates, and updates between checkpoints
 METHODS: dict[str, dict[str, Any]] = {
-    "s2ft": {"method": {"name": "s2ft", "o": 0.25, "down": 0.2}},
-    "id3": {"method": {"name": "id3", "budget": 300, "until": 0.5}},
-    "lora-ist": {
-        "method": {"name": "lora", "r": 4},
-        "schedule": {"name": "ist", "layers": 1, "interval": 2},
-    },
+    "s2ft": {"method": {"name": "s2ft", "o": 0.25, "down": 0.1}},
+    "id3": {"method": {"name": "id3", "budget": 500}},
+    "lora+ist": {"method": {"name": "lora", "r": 2, "target_modules": "all-linear"}, "schedule": {"name": "ist"}},
 }
-KINDS = ("moment", "write", "moment", "write", "terminate", "flip", "remove", "full disk")
+DTYPES = ("float32", "bfloat16")
+KINDS = {  # what is done to a run → in words
+    "killed": "SIGKILL by the clock",
+    "ended": "SIGTERM by the clock",
+    "between-files": "SIGKILL between two writes of a checkpoint",
+    "torn-checkpoint": "killed inside a file of a checkpoint",
+    "ended-saving": "SIGTERM inside a checkpoint's save",
+    "final-save": "SIGKILL or torn in the final save",
+    "twice": "killed, resumed, and killed again",
+    "full-checkpoint": "disk full while a checkpoint is saved",
+    "full-final": "disk full in the final save",
+    "damaged": "killed, then a file of the newest checkpoint spoilt",
+}
+# Of a record: what is not the run's but this process's, as seconds and, for ID3, the overlap with the first update's gradients,
+# which a process that did not make that update does not have.
+_OWN = ("seconds", "overlap")
+INTERRUPTED = {"kill": {-signal.SIGKILL}, "tear": {-signal.SIGXFSZ}}  # exit codes; others are the command's own
 
 
-def blocks(place: Path, output: Path, case: str) -> dict[str, Any]:
-    """The run file of a case."""
-    method, _, dtype = case.rpartition("-")
-    train = {"max_steps": 8, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
-    train |= {"use_cpu": True, "disable_tqdm": True, "output_dir": str(output)}
-    model = {"name": str(place / f"model-{dtype}"), "dtype": dtype}
-    return METHODS[method] | {"model": model, "data": {"train": str(place / "rows.jsonl")}, "train": train}
+@dataclass(frozen=True)
+class Case:
+    """One run and what is done to it."""
+
+    method: str
+    dtype: str
+    kind: str
+    number: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.method}-{self.dtype}-{self.kind}-{self.number}"
 
 
-def outcome(run: Path) -> tuple[bytes, list[float]]:
-    """The bytes of a run's adapter, and its losses."""
-    history = json.loads((run / "run.json").read_text())["training"]["history"]
-    return (run / "adapter/adapter_model.safetensors").read_bytes(), [row["loss"] for row in history if "loss" in row]
+class Bench:
+    """A folder with a tiny model, data and the uninterrupted runs that others are compared with."""
+
+    def __init__(self, place: Path, seed: int) -> None:
+        self.place, self.seed, self._whole = place, seed, dict[tuple[str, str], dict[str, Any]]()
+        shutil.rmtree(place / "runs", ignore_errors=True)
+        if not (place / "rows.jsonl").exists():
+            from support import tiny
+
+            tiny.save_folder(place / "base")
+            rows = ({"prompt": f"q{i}+", "completion": f" {7 * i % 31}"} for i in range(16))
+            (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train(self, case: Case, folder: Path, *, resume: bool, what: Interruption | None) -> tuple[forked.Ended, Path]:
+        """One process of a run; also the file in which it has listed its writes, if it came so far."""
+        run_file, listed = folder.with_suffix(".yaml"), folder.with_suffix(".writes")
+        settings = {"max_steps": STEPS, "save_steps": EVERY, "save_total_limit": 2, "logging_steps": 1, "learning_rate": 1e-2}
+        settings |= {"per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True, "output_dir": str(folder)}
+        blocks = {"model": {"name": str(self.place / "base"), "dtype": case.dtype}, **METHODS[case.method]}
+        blocks |= {"data": {"train": str(self.place / "rows.jsonl")}, "train": settings}
+        folder.parent.mkdir(exist_ok=True)
+        run_file.write_text(json.dumps(blocks))
+
+        def work() -> None:
+            from intaglio.__main__ import main
+
+            sys.argv = ["intaglio", "train", str(run_file), *(["--resume"] if resume else [])]
+            writes = watch(folder, what)
+            try:
+                main()
+            finally:
+                if what is None:
+                    listed.write_text("\n".join(writes))
+
+        clock = what is not None and what.at is None
+        after = what.share * self.whole(case)["seconds"] if what is not None and clock else None
+        sent = signal.SIGTERM if what is not None and what.act == "term" else signal.SIGKILL
+        return forked.run(work, timeout=120, after=after, sent=sent), listed
+
+    def whole(self, case: Case) -> dict[str, Any]:
+        """What an uninterrupted run leaves, its seconds, and its writes."""
+        key = case.method, case.dtype
+        if key not in self._whole:
+            folder = self.place / f"runs/whole-{case.method}-{case.dtype}"
+            self._whole[key] = {"seconds": 1.0}
+            ended, listed = self.train(case, folder, resume=False, what=None)
+            assert ended.code == 0, ended.output
+            self._whole[key] = {"seconds": ended.seconds, "left": left(folder), "writes": listed.read_text().splitlines()}
+        return self._whole[key]
+
+    def plan(self, case: Case) -> list[Interruption]:
+        """The interruptions of a case, one after the other."""
+        draw = random.Random(f"{self.seed} {case.key}")
+        writes = self.whole(case)["writes"]
+        saving = [i for i, write in enumerate(writes) if "checkpoint-" in write]
+        final = list(range(saving[-1] + 1, len(writes)))
+        clock = Interruption("kill", share=draw.uniform(0.02, 0.98))
+        at, size = draw.choice(saving), draw.randrange(2500)
+        last = Interruption(draw.choice(["kill", "tear"]), draw.choice(final), size=draw.randrange(400))
+        return {
+            "killed": [clock],
+            "ended": [replace(clock, act="term")],
+            "between-files": [Interruption("kill", at)],
+            "torn-checkpoint": [Interruption("tear", at, size=size)],
+            "ended-saving": [Interruption("term", at)],
+            "final-save": [last],
+            "twice": [Interruption("kill", at), Interruption("kill", draw.randrange(1, 25))],
+            "full-checkpoint": [Interruption("full", at, size=size)],
+            "full-final": [Interruption("full", draw.choice(final), size=draw.randrange(400))],
+            "damaged": [Interruption("kill", draw.choice([i for i in saving if "checkpoint-2" not in writes[i]]))],
+        }[case.kind]
+
+    def run(self, case: Case, *, show: bool = False) -> dict[str, Any]:
+        """Interrupt, resume, compare: what was done and everything that was wrong."""
+        whole, plan, folder = self.whole(case), self.plan(case), self.place / f"runs/{case.key}"
+        codes, wrong, made, said = list[int](), list[str](), 0, ""
+        for number, what in enumerate(plan):
+            ended, _ = self.train(case, folder, resume=number > 0, what=what)
+            if show:
+                print(f"--- {what}: {ended.code}\n{ended.output}")
+            codes.append(ended.code)
+            made = max(made, len(re.findall(r"'loss':", ended.output)))
+            if answer := _answer(what, ended):
+                wrong, said = wrong + answer, ended.output[-3000:]
+        if case.kind == "damaged":
+            self._spoil(case, folder)
+        ended, _ = self.train(case, folder, resume=True, what=None)
+        if show:
+            print(f"--- resumed: {ended.code}\n{ended.output}")
+        if ended.code != 0:
+            wrong.append(f"resume ends with {ended.code}: {ended.output.strip().splitlines()[-1:]}")
+            return {"plan": [asdict(what) for what in plan], "codes": codes, "wrong": wrong, "said": ended.output[-3000:]}
+        now, result = left(folder), json.loads((folder / "run.json").read_text())
+        wrong += [f"other {what}" for what in whole["left"] if now.get(what) != whole["left"][what]]
+        hidden = sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+        begun = int((result["training"]["resumed_from"] or "-0").rpartition("-")[2])
+        shutil.rmtree(folder)
+        about = {
+            "plan": [asdict(what) for what in plan],
+            "codes": codes,
+            "again": max(0, made - begun) if len(plan) == 1 else None,
+        }
+        return about | {"resumed_from": begun, "hidden": hidden, "wrong": wrong, "said": said if wrong else ""}
+
+    def _spoil(self, case: Case, folder: Path) -> None:
+        """Spoil a file of the newest checkpoint."""
+        draw = random.Random(f"spoil {self.seed} {case.key}")
+        newest = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))[-1]
+        files = sorted(path for path in newest.rglob("*") if path.is_file())
+        damage(draw.choice(files), draw.choice(["flip", "cut", "empty", "remove"]), draw.random())
 
 
-def disturbed(kind: str, place: Path, output: Path, case: str, seconds: float, dice: random.Random) -> str:
-    """Disturb a run in one way; what was done, in words."""
-    from intaglio import train
-    from lib import forked
-
-    log = place / "log"
-
-    def work() -> None:
-        train(blocks(place, output, case))
-
-    if kind == "moment":
-        after = dice.uniform(0.3 * seconds, seconds)
-        status = forked.run(work, log, kill_after=after)
-        return f"SIGKILL after {after:.2f} s (status {status})"
-    if kind == "write":
-        count = dice.randint(1, 40)
-
-        def dying() -> None:
-            forked.killed_at_write(count)
-            work()
-
-        return f"SIGKILL at write {count} (status {forked.run(dying, log)})"
-    if kind == "terminate":
-        after = dice.uniform(0.5 * seconds, seconds)
-        return f"SIGTERM after {after:.2f} s (status {forked.run(work, log, kill_after=after, number=signal.SIGTERM)})"
-    if kind == "full disk":
-        bound = dice.randint(2_000, 60_000)
-
-        def bounded() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (bound, bound))
-            work()
-
-        return f"files of at most {bound:,} bytes (status {forked.run(bounded, log)})"
-    forked.run(work, log)
-    for name in ("run.json", "adapter"):  # killed in the final save, and damaged since
-        target = output / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
-    files = sorted(path for path in (output / "checkpoint-8").rglob("*") if path.is_file() and path.name != "complete.json")
-    victim = dice.choice(files)
-    content = bytearray(victim.read_bytes())
-    victim.unlink()
-    if kind == "flip" and content:
-        place_of_bit = dice.randrange(8 * len(content))
-        content[place_of_bit // 8] ^= 1 << place_of_bit % 8
-        victim.write_bytes(content)
-    return f"{victim.name}: {'a bit flipped' if kind == 'flip' else 'removed'}"
+def _answer(what: Interruption, ended: forked.Ended) -> list[str]:
+    """What is wrong with how an interrupted process ended: killed, or by itself and without a traceback."""
+    if ended.code in INTERRUPTED.get(what.act, set()) or ended.code == 0:  # it was over already, or nothing was too large
+        return []
+    wrong = ["a traceback"] if "Traceback" in ended.output else []
+    if what.act == "full":
+        return [*wrong, *([] if ended.code == 2 else [f"disk full ends with {ended.code}"])]
+    return wrong if what.act == "term" else [*wrong, f"{what.act} ends with {ended.code}"]
 
 
-def attempt(number: int, case: str, place: Path, whole: Path, seconds: float) -> dict[str, Any]:
-    """Disturb a run, resume it, and compare; what was found."""
-    from intaglio import train
-    from lib import forked
-
-    dice, kind = random.Random(f"{case}{number}"), KINDS[number % len(KINDS)]
-    output = place / f"{case}-{number}"
-    said = disturbed(kind, place, output, case, seconds, dice)
-    saved = sorted(path.parent.name for path in output.glob("checkpoint-*/complete.json"))
-    status = forked.run(lambda: train(blocks(place, output, case), resume=True), place / "log")
-    right = status == 0 and outcome(output) == outcome(whole)
-    left = [str(path.relative_to(output)) for path in output.rglob(".*.????????")] if output.exists() else []
-    shutil.rmtree(output, ignore_errors=True)
-    return {
-        "case": case, "number": number, "kind": kind, "what": said, "checkpoints": len(saved), "right": right, "left": left,
-    }  # fmt: skip
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Counts by case and kind, as Markdown."""
-    lines = [
-        "| run | disturbed by | times | had a checkpoint | ended bit-identical | files left over |",
-        "|---|---|--:|--:|--:|--:|",
+def left(folder: Path) -> dict[str, str]:
+    """What a run has left, as hashes: files of the adapter, logits, losses, records; no seconds."""
+    files = [*sorted((folder / "adapter").glob("adapter_*")), folder / "check.safetensors"]
+    found = {path.name: path.read_bytes() for path in files}
+    for name in ("unmasking.json", "layers.json"):
+        if (folder / name).exists():
+            record = json.loads((folder / name).read_text())
+            found[name] = json.dumps({key: value for key, value in record.items() if key not in _OWN}).encode()
+    result = json.loads((folder / "run.json").read_text())
+    history = [
+        [entry[key] for key in ("step", "loss", "learning_rate")] for entry in result["training"]["history"] if "loss" in entry
     ]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        for kind in dict.fromkeys(KINDS):
-            own = [row for row in rows if (row["case"], row["kind"]) == (case, kind)]
-            if own:
-                figures = (len(own), sum(row["checkpoints"] > 0 for row in own), sum(row["right"] for row in own))
-                left = sum(len(row["left"]) for row in own)
-                lines.append(f"| {case} | {kind} | {figures[0]} | {figures[1]} | {figures[2]} | {left} |")
-    return "\n".join(lines)
+    found |= {"losses": json.dumps(history).encode(), "mean loss": json.dumps(result["training"]["final_loss"]).encode()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+
+
+def cases(rounds: int) -> Iterator[Case]:
+    """All cases, round by round."""
+    for number in range(rounds):
+        for method in METHODS:
+            yield from (Case(method, dtype, kind, number) for dtype in DTYPES for kind in KINDS)
+
+
+def page(found: dict[str, dict[str, Any]], rounds: int) -> str:
+    """Results as Markdown."""
+    grouped = {kind: [found[case.key] for case in cases(rounds) if case.kind == kind and case.key in found] for kind in KINDS}
+    rows = [[KINDS[kind], *_row(done)] for kind, done in grouped.items()]
+    everything = [one for done in grouped.values() for one in done]
+    wrong = [f"* `{key}`: {'; '.join(one['wrong'])}" for key, one in found.items() if one["wrong"]]
+    head = "| what was done | runs | interrupted | ended as if nothing had been | updates made again, at most | left-overs |"
+    return "\n".join(
+        [
+            "# Training, interrupted",
+            "",
+            f"`{command_line.command()}` on two CPU cores: {len(everything)} runs of {STEPS} updates with a checkpoint",
+            f"every {EVERY}, of {', '.join(METHODS)} in {' and '.join(DTYPES)}, interrupted and resumed to their end. Compared with the",
+            "uninterrupted run, bit by bit: the adapter's weights and config, the tuned model's logits, the loss of every update, the",
+            f"mean loss, and the records of ID3's choices and IST's layers. Different: {len(wrong)}.",
+            "",
+            *table(head, [*rows, ["all", *_row(everything)]], "l"),
+            "",
+            "A run that was *not* interrupted was over before its moment came, or wrote no file that was too large. *Left-overs*:",
+            "hidden folders of saves that were killed, which were still there after the run had ended.",
+            "",
+            *(wrong or ["Nothing was wrong."]),
+            "",
+        ]
+    )
+
+
+def _row(done: list[dict[str, Any]]) -> list[object]:
+    again = [one["again"] for one in done if one.get("again") is not None]
+    right = sum(not one["wrong"] for one in done)
+    hit = sum(any(one["codes"]) for one in done)
+    return [len(done), hit, right, max(again, default=""), sum(len(one.get("hidden", [])) for one in done)]
 
 
 def main() -> None:
-    """Try what was not tried yet."""
+    """Run what is left to run, print, and fail where anything was wrong."""
     parser = command_line.parser(__doc__)
-    cases = [f"{method}-{dtype}" for method in METHODS for dtype in ("float32", "bfloat16")]
-    parser.add_argument("--kills", type=int, default=12, help="of each run")
-    parser.add_argument("--only", nargs="+", choices=cases, default=cases)
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each method, type and kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", help="keys of cases, to run these again")
+    parser.add_argument("--show", action="store_true", help="what the runs say")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/faults", help="a folder for runs and results so far")
+    parser.add_argument("--anew", action="store_true", help="forget results so far")
     command_line.add_write(parser, "faults")
     arguments = parser.parse_args()
+    if arguments.anew:
+        shutil.rmtree(arguments.work, ignore_errors=True)
+    load_libraries()
+    bench = Bench(arguments.work.resolve(), arguments.seed)
+    journal = Journal(arguments.work / "results.jsonl", {"seed": arguments.seed})
+    for case in cases(arguments.rounds):
+        if case.key in arguments.only if arguments.only else case.key not in journal.found:
+            journal.add(case.key, bench.run(case, show=arguments.show))
+            print(f"{case.key}: {'; '.join(journal.found[case.key]['wrong']) or 'right'}", flush=True)
+    print(page(journal.found, arguments.rounds))
+    if arguments.write:
+        results.write(arguments.write, journal.found, page(journal.found, arguments.rounds))
+    sys.exit(any(one["wrong"] for one in journal.found.values()))
+
+
+def load_libraries() -> None:
+    """Load what a run loads, in one thread, so that forked ones need not."""
+    sys.path.append(str(ROOT / "tests"))
     import torch
+    from datasets import disable_progress_bars
 
-    from intaglio import train
-    from lib import forked, tiny_folder
+    import intaglio.__main__
+    import intaglio.cli
+    import intaglio.hf.trainer
+    import intaglio.report.plots
+    import intaglio.runs.train  # noqa: F401
 
-    stored = arguments.write and arguments.write.with_suffix(".json")
-    rows = json.loads(stored.read_text())["rows"] if stored and stored.is_file() else []
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        tiny_folder.rows(place / "rows.jsonl")
-        for dtype in (torch.float32, torch.bfloat16):
-            tiny_folder.model(place / f"model-{str(dtype).removeprefix('torch.')}", dtype)
-        forked.run(lambda: train(blocks(place, place / "warm", arguments.only[0])), place / "log")  # files are in memory then
-        for case in arguments.only:
-            whole, begin = place / f"{case}-whole", time.monotonic()
-            assert forked.run(lambda case=case, whole=whole: train(blocks(place, whole, case)), place / "log") == 0, (
-                place / "log"
-            ).read_text()[-2000:]
-            seconds, known = time.monotonic() - begin, {row["number"] for row in rows if row["case"] == case}
-            for number in range(arguments.kills):
-                if number not in known:
-                    rows.append(attempt(number, case, place, whole, seconds))
-                    print(json.dumps(rows[-1]), flush=True)
-            if arguments.write:
-                text = f"# Training disturbed\n\n`{command_line.command()}`, {device()}.\n\n{table(rows)}\n"
-                results.write(arguments.write, {"device": device(), "rows": rows}, text)
-    print(table(rows))
-    if not all(row["right"] for row in rows):
-        sys.exit(1)
+    torch.set_num_threads(1)
+    disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -1,263 +1,266 @@
-"""Adapter folders damaged at random, put before every reader: each is refused by a ValueError, or read.
+"""A hundred thousand damaged adapters through everything that reads one: the right weights, or one clear refusal.
 
-    python benchmarks/fuzz.py --write
-    python benchmarks/fuzz.py --count 500 --seed 3
+    python benchmarks/fuzz.py                      # 100,000 of them, half an hour on one core
+    python benchmarks/fuzz.py --count 2000
+    python benchmarks/fuzz.py --only 4711 --show   # again: what was done to it, and what each reader said
 
-A folder of a tiny model (slices, entries, whole tensors, or a stock LoRA) gets one to three damages: values, types and keys of
-its config, bits and lengths of its weights, tensors of other types, shapes, orders and numbers, with and without a hash that
-fits. It is read by `Delta.load` and applied, by the server's store and by a pool, now and then by `inspect`, by PEFT and by
-doctor. Wrong is: any other exception, a base that is not bit for bit what it was after a refusal or a revert, more than 256 MB
-or 5 seconds, and a file outside the folder. The damage follows from the seed and a number, which are printed for whatever is
-wrong.
+Adapters of rows, columns, single entries and whole tensors, in fp32 and bf16, stock LoRAs and exported ones, are damaged
+at one to three places (lib/mutations.py) by a generator whose seed is --seed and the number of the adapter, and given to every
+reader (lib/fuzz_readers.py). A reader has to give what the folder says, held against a reader of twenty lines without a check
+(lib/plain_reading.py), or raise ValueError or OSError. Whatever it does: the base stays as it was to the bit; nothing is written
+outside its own folder; no code is run, nothing unpickled, no address asked; memory and time stay small. Results are kept
+after every thousand; a second call goes on where the first stopped (--anew: from the start).
 """
 
 from __future__ import annotations
 
-import collections
-import hashlib
-import json
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread, or forking would not be safe
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from lib import command_line, forked, results
+from lib.journal import Journal
+from lib.tables import table
 
-from lib import command_line, results
-from lib.machine import device
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-JUNK: list[Any] = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), "", "x" * 300, "\ud800", [], {}, [[]] * 9]
-JUNK += ["float8_e4m3fn", "int8", "bfloat16", "../../etc", "lm_head.weight", [1, 2**40], [0], {"a": {"b": {}}}, "slices", "whole"]
-
-
-def originals(place: Path, model: Any) -> list[Path]:
-    """The folders that are damaged."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from intaglio import S2FT, BitFit, Random, attach
-
-    folders, base = [], {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    methods = {"slices": S2FT(o=0.5, down=0.25), "entries": Random(budget=0.02), "whole": BitFit(tensors="one_dimensional")}
-    for name, method in methods.items():
-        tuner = attach(model, method)
-        with torch.no_grad():
-            for slot in tuner.slots:
-                slot.values.add_(0.25)
-        folders.append(tuner.save(place / name))
-        tuner.detach()
-        model.load_state_dict(base)
-    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    lora.save_pretrained(place / "lora")
-    lora.unload()
-    return [*folders, place / "lora"]
+ROOT = Path(__file__).parent.parent
+BATCH = 1000  # adapters of a process
+ROOM, SECONDS, HANGING = 512 << 20, 2.0, 10  # of a reader: bytes, seconds of the processor, seconds until it is killed
+MARK = "answers "  # what a line of them begins with
+DRAWN = 40  # in one of so many, what takes long is done too: pictures, exports
+FORBIDDEN = {
+    "socket.connect",
+    "socket.getaddrinfo",
+    "pickle.find_class",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+}
+WRITING = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"}
 
 
-def in_config(config: Any, dice: random.Random) -> Any:
-    """A config with one value, key or type changed somewhere."""
-    if not isinstance(config, dict | list) or not config or dice.random() < 0.15:
-        return dice.choice(JUNK)
-    changed: Any = dict(config) if isinstance(config, dict) else list(config)
-    key = dice.choice(list(changed) if isinstance(changed, dict) else range(len(changed)))
-    kind = dice.random()
-    if kind < 0.1:
-        del changed[key]
-    elif kind < 0.15 and isinstance(changed, dict):
-        changed[dice.choice(["x", "", "model.norm.weight", "__class__"])] = changed.pop(key)
-    else:
-        changed[key] = in_config(changed[key], dice)
-    return changed
+class Guard:
+    """An ear to this process's audit events: what it does that no reader may do."""
+
+    def __init__(self, *allowed: Path) -> None:
+        self._allowed, self.heard = tuple(map(str, allowed)), list[str]()
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FORBIDDEN:
+            self.heard.append(f"{event} {arguments!r:.100}")
+        elif event in WRITING or (event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            path = arguments[0]
+            if isinstance(path, str | Path) and str(path).startswith("/") and not str(path).startswith(self._allowed):
+                self.heard.append(f"{event} {path}")
 
 
-def in_bytes(content: bytes, dice: random.Random) -> bytes:
-    """Bytes with some of them changed, cut off, doubled or added."""
-    data = bytearray(content)
-    kind = dice.randrange(5)
-    if kind == 0 and data:
-        for _ in range(dice.randint(1, 8)):
-            data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-    elif kind == 1:
-        del data[dice.randrange(len(data) + 1) :]
-    elif kind == 2:
-        data += bytes(dice.randrange(256) for _ in range(dice.randint(1, 40)))
-    elif kind == 3 and data:
-        at = dice.randrange(min(len(data), 400))  # the header, and its length before it
-        data[at] = dice.randrange(256)
-    else:
-        data[:8] = dice.choice([0, 1, 2**20, 2**62]).to_bytes(8, "little")
-    return bytes(data)
+class Fuzzer:
+    """Bases, adapters to be damaged, and a folder to damage them in.
+
+    Args:
+        place: an empty folder, in memory if possible.
+        seed: of all damage.
+    """
+
+    def __init__(self, place: Path, seed: int) -> None:
+        from lib import fuzz_adapters
+        from lib.fuzz_readers import Bench
+
+        self.place, self.seed, self.trace, self._guard = place, seed, "", Guard(place)
+        (place / "made").mkdir()
+        self.benches = {name: Bench(base, place / "made") for name, base in fuzz_adapters.bases().items()}
+        self.adapters = fuzz_adapters.adapters({name: bench.base for name, bench in self.benches.items()}, place / "seeds")
+
+    def undamaged(self) -> dict[str, list[str]]:
+        """What takes each adapter as it is: a fuzzer whose adapters are refused from the start finds nothing."""
+        said = {name: self.read(*adapter) for name, adapter in self.adapters.items()}
+        return {name: [reader for reader, (answer, _) in answers.items() if answer == "taken"] for name, answers in said.items()}
+
+    def case(self, number: int) -> tuple[str, list[str], dict[str, tuple[str, str]]]:
+        """An adapter, what is done to it, and what every reader makes of it: ("taken", "refused", "passed" or "wrong", why)."""
+        from lib.mutations import mutate
+
+        draw = random.Random(f"{self.seed} {number}")
+        name = draw.choice(sorted(self.adapters))
+        dtype, files = self.adapters[name]
+        files = dict(files)
+        done = mutate(files, draw)
+        return name, done, self.read(dtype, files, drawn=number % DRAWN == 0)
+
+    def read(self, dtype: str, files: dict[str, Any], *, drawn: bool = True) -> dict[str, tuple[str, str]]:
+        """What every reader makes of a folder."""
+        from lib.fuzz_readers import READERS
+        from lib.mutations import write
+
+        bench, folder = self.benches[dtype], self.place / "case"
+        bench.drawn = drawn
+        shutil.rmtree(folder, ignore_errors=True)
+        write(files, folder)
+        answers = {}
+        for name, reader in READERS.items():
+            start = time.process_time()
+            self._guard.heard.clear()
+            try:
+                answer = ("taken", "") if reader(bench, folder) else ("passed", "")
+            except (ValueError, OSError) as error:
+                answer = "refused", str(error)
+            except Exception as error:
+                answer = "wrong", f"{type(error).__name__}: {error}"
+                self.trace = traceback.format_exc()
+            seconds = time.process_time() - start
+            try:
+                bench.check({}, "afterwards")
+            except AssertionError as error:
+                answer = "wrong", str(error)
+                bench.renew()
+            if self._guard.heard:
+                answer = "wrong", f"does what no reader may: {'; '.join(self._guard.heard)}"
+            elif seconds > SECONDS and not drawn:
+                answer = "wrong", f"takes {seconds:.1f} s"
+            answers[name] = answer
+        return answers
+
+    def batch(self, numbers: Iterable[int]) -> dict[str, Any]:
+        """Cases in a process of its own, with little memory to grow into; one at which it dies counts, and the rest goes on."""
+        left, counts, wrong, grown = list(numbers), Counter[str](), list[dict[str, Any]](), 0
+        while left:
+            ended = forked.run(partial(self._cases, left), timeout=HANGING * (len(left) + 1))
+            told = [json.loads(line.removeprefix(MARK)) for line in ended.output.splitlines() if line.startswith(MARK)]
+            for answer in told:
+                counts.update(answer["counts"])
+                wrong += answer["wrong"]
+                grown = max(grown, answer["grown"])
+            left = left[len(told) :]
+            if ended.code != 0 and left:
+                said = " ".join(ended.output.strip().splitlines()[-1:])
+                wrong.append({"case": left.pop(0), "reader": "?", "what": f"the process ends with {ended.code}: {said:.200}"})
+                counts["cases"] += 1
+        return {"counts": dict(counts), "wrong": wrong, "grown": grown}
+
+    def _cases(self, numbers: Iterable[int]) -> None:
+        """Say what comes of each case, a line for each."""
+        from lib import machine
+
+        start = machine.held()
+        room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ROOM
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        for number in numbers:
+            signal.alarm(HANGING)
+            name, done, answers = self.case(number)
+            counts = {"cases": 1} | {f"{reader}: {answer}": 1 for reader, (answer, _) in answers.items()}
+            about = {"case": number, "adapter": name, "done": done}
+            wrong = [
+                about | {"reader": reader, "what": why[:300]} for reader, (answer, why) in answers.items() if answer == "wrong"
+            ]
+            print(MARK + json.dumps({"counts": counts, "wrong": wrong, "grown": machine.peak() - start}), flush=True)
 
 
-def in_tensors(content: bytes, dice: random.Random) -> bytes:
-    """A weights file with one tensor of another type, shape, order or content."""
-    import safetensors.torch
-    import torch
-
-    tensors = safetensors.torch.load(content)
-    key = dice.choice(sorted(tensors))
-    tensor = tensors[key]
-    changes: list[Callable[[], torch.Tensor]] = [
-        lambda: tensor.flip(0),
-        lambda: tensor[:-1].clone(),
-        lambda: torch.cat([tensor, tensor]),
-        lambda: tensor.to(dice.choice([torch.int64, torch.int16, torch.float16, torch.float64, torch.uint8, torch.bool])),
-        lambda: torch.full_like(tensor, dice.choice([-1, 0, 7, 32767])),
-        lambda: tensor * 0 + float("nan") if tensor.is_floating_point() else tensor * 0,
-        lambda: tensor * 1e38 if tensor.is_floating_point() else tensor + 1_000,
-        lambda: tensor.reshape(1, -1),
-        lambda: tensor.new_empty(0),
+def page(found: dict[str, Any], seed: int) -> str:
+    """Results as Markdown."""
+    counts = Counter[str]()
+    for one in found.values():
+        counts.update(one["counts"])
+    wrong = [one for batch in found.values() for one in batch["wrong"]]
+    readers = sorted({key.partition(": ")[0] for key in counts if ": " in key})
+    rows = [
+        [f"`{name}`", *(f"{counts[f'{name}: {answer}']:,}" for answer in ("taken", "refused", "wrong", "passed"))]
+        for name in readers
     ]
-    if dice.random() < 0.1:
-        tensors[dice.choice(["x", key + ".x", "../x"])] = tensors.pop(key)
-    else:
-        tensors[key] = dice.choice(changes)().contiguous()
-    return safetensors.torch.save(tensors)
+    grown = max((batch["grown"] for batch in found.values()), default=0) / 2**20
+    return "\n".join(
+        [
+            "# Damaged adapters",
+            "",
+            f"`{command_line.command()}` on one of two CPU cores: {counts['cases']:,} adapters, damaged with seed",
+            f"{seed}, through every reader. *Taken*: what the reader made of it is, bit for bit, what the folder says (a LoRA's product:",
+            "to rounding); damage that changes no value, or changes values and the hash with them, is taken rightly. *Refused*:",
+            "`ValueError` or `OSError`. *Passed*: LoRAs, and folders of other types, are PEFT's own to read.",
+            f"Wrong: {len(wrong)}. The base was compared bit for bit after every reader, writes and events of the interpreter watched.",
+            f" No process grew by more than {grown:.0f} MB; each had room for {ROOM >> 20}.",
+            "",
+            *table("| reader | taken | refused | wrong | passed |", rows),
+            "",
+            *(
+                f"* {one['case']} ({one.get('adapter')}: {'; '.join(one.get('done', []))}), {one['reader']}: {one['what']}"
+                for one in wrong[:50]
+            ),
+            "",
+        ]
+    )
 
 
-def damage(source: Path, target: Path, dice: random.Random) -> str:
-    """A damaged copy of a folder; what was done, in words."""
-    config, weights, done = (source / CONFIG).read_bytes(), (source / WEIGHTS).read_bytes(), []
-    for _ in range(dice.choice([1, 1, 1, 2, 3])):
-        kind = dice.choice(["config", "config", "config bytes", "weights", "tensors", "tensors", "nesting"])
-        done.append(kind)
-        try:
-            if kind == "config":
-                config = json.dumps(in_config(json.loads(config), dice)).encode("utf-8", "surrogatepass")
-            elif kind == "config bytes":
-                config = in_bytes(config, dice)
-            elif kind == "nesting":
-                config = dice.choice([b"[", b'{"a":']) * dice.choice([100, 100_000])
-            elif kind == "weights":
-                weights = in_bytes(weights, dice)
-            else:
-                weights = in_tensors(weights, dice)
-        except (ValueError, RuntimeError, IndexError, OSError):  # damaged already beyond that
-            continue
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-    if dice.random() < 0.7:  # with a hash that fits, so that it is not all that is ever looked at
-        try:
-            fields = json.loads(config)
-            if isinstance(fields, dict) and "sha256" in fields:
-                config = json.dumps(fields | {"sha256": hashlib.sha256(weights).hexdigest()}).encode("utf-8", "surrogatepass")
-        except (ValueError, RecursionError):
-            pass
-    target.mkdir(exist_ok=True)
-    (target / CONFIG).write_bytes(config)
-    (target / WEIGHTS).write_bytes(weights)
-    return "+".join(done)
+def load_libraries() -> None:
+    """Load what readers load and warm up what writes on its first use, in one thread."""
+    warnings.simplefilter("ignore")
+    import torch
+    import transformers
+    from matplotlib import font_manager
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    font_manager.findfont("DejaVu Sans")
 
 
 def main() -> None:
-    """Damage and read, until the count is reached."""
+    """Go through what is left, print, and fail where anything was wrong."""
     parser = command_line.parser(__doc__)
-    parser.add_argument("--count", type=int, default=100_000, help="damaged folders")
+    parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=int, default=0, help="number of the first")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of adapters, to see these again")
+    parser.add_argument("--show", action="store_true", help="with --only: what every reader said, and tracebacks")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/fuzz", help="a folder for results so far")
+    parser.add_argument("--anew", action="store_true", help="forget results so far")
     command_line.add_write(parser, "fuzz")
     arguments = parser.parse_args()
-    import torch
-    import transformers as tf
-
-    from intaglio import AdapterPool, Delta
-    from intaglio.doctor.examine import examine
-    from intaglio.hf import DeltaConfig
-    from intaglio.runs.inspect import inspect
-    from intaglio.runtime.store import AdapterStore
-    from lib.tiny_folder import SIZES
-
-    torch.manual_seed(0)
-    warnings.simplefilter("ignore")
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=96, **SIZES)).eval()
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pool, store = AdapterPool(model), AdapterStore(model)
-
-    def apply(path: Path) -> None:
-        delta = Delta.load(path)
-        delta.apply_(model)
-        delta.revert_(model)
-
-    def pooled(path: Path) -> None:
-        pool.load("a", Delta.load(path))
-        pool.use("a")
-        pool.use(None)
-        pool.unload("a")
-
-    def served(path: Path) -> None:
-        store.load("a", path)
-        store.unload("a")
-
-    readers: dict[str, tuple[Callable[[Path], object], int]] = {  # each how often
-        "Delta.load, apply_, revert_": (apply, 1),
-        "AdapterStore": (served, 2),
-        "AdapterPool": (pooled, 4),
-        "inspect": (inspect, 400),
-        "PEFT's config": (lambda path: DeltaConfig.from_pretrained(str(path)), 50),
-        "doctor": (lambda path: examine([f"a={path}"], "vllm"), 400),
-    }
-    tried: collections.Counter[str] = collections.Counter()
-    refused: collections.Counter[str] = collections.Counter()
-    wrong: list[str] = []
-    begin, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        sources = originals(place, model)
-        around = sorted(path.name for path in place.iterdir())
-        for number in range(arguments.start, arguments.start + arguments.count):
-            dice = random.Random(f"{arguments.seed}/{number}")
-            target = place / "damaged"
-            what = damage(dice.choice(sources), target, dice)
-            for reader, (read, every) in readers.items():
-                if number % every:
-                    continue
-                tried[reader] += 1
-                start = time.monotonic()
-                try:
-                    read(target)
-                except (ValueError, OSError):
-                    refused[reader] += 1
-                except Exception as error:
-                    wrong.append(
-                        f"seed {arguments.seed} number {number} ({what}): {reader}: {type(error).__name__}: {error}"[:300]
-                    )
-                if time.monotonic() - start > 5:
-                    wrong.append(
-                        f"seed {arguments.seed} number {number} ({what}): {reader}: took {time.monotonic() - start:.0f} s"
-                    )
-            if number % 20 == 0 or len(wrong) > len(tried):
-                changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, base[name])]
-                if changed:
-                    wrong.append(f"seed {arguments.seed} up to number {number}: {changed[0]} of the base has changed")
-                    model.load_state_dict(base)
-            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            if now - memory > 256_000:
-                wrong.append(f"seed {arguments.seed} number {number} ({what}): {(now - memory) / 1000:.0f} MB more")
-                memory = now
-            if sorted(path.name for path in place.iterdir() if path != target) != around:
-                wrong.append(f"seed {arguments.seed} number {number}: files outside the folder")
-            shutil.rmtree(target)
-            if number % 5_000 == 4_999:
-                print(f"{number + 1:,} after {time.monotonic() - begin:.0f} s, {len(wrong)} wrong", flush=True)
-    rows = [f"| {reader} | {tried[reader]:,} | {refused[reader]:,} | {tried[reader] - refused[reader]:,} |" for reader in readers]
-    head = ["| reader | damaged folders | refused | read, or another exception |", "|---|--:|--:|--:|"]
-    text = "\n".join([*head, *rows, "", f"Wrong: {len(wrong)}", *(f"* {line}" for line in wrong[:50])])
-    print(text)
+    load_libraries()
+    memory = Path("/dev/shm")  # noqa: S108  # a folder of ours in it
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if memory.is_dir() else None) as place:
+        fuzzer = Fuzzer(Path(place).resolve(), arguments.seed)
+        if arguments.only:
+            show(fuzzer, arguments.only, traces=arguments.show)
+            return
+        if arguments.anew:
+            shutil.rmtree(arguments.work, ignore_errors=True)
+        journal = Journal(arguments.work / "results.jsonl", {"seed": arguments.seed, "batch": BATCH})
+        for start in range(0, arguments.count, BATCH):
+            if str(start) not in journal.found:
+                journal.add(str(start), fuzzer.batch(range(start, min(start + BATCH, arguments.count))))
+                print(f"{start + BATCH:,}: {len(journal.found[str(start)]['wrong'])} wrong", flush=True)
+    print(page(journal.found, arguments.seed))
     if arguments.write:
-        figures = {"count": arguments.count, "seed": arguments.seed, "tried": tried, "refused": refused, "wrong": wrong}
-        lead = f"# Damaged adapters\n\n`{command_line.command()}`, {device()}, {time.monotonic() - begin:.0f} s.\n\n"
-        results.write(arguments.write, {"device": device(), **figures}, lead + text + "\n")
-    if wrong:
-        sys.exit(1)
+        results.write(arguments.write, journal.found, page(journal.found, arguments.seed))
+    sys.exit(any(one["wrong"] for one in journal.found.values()))
+
+
+def show(fuzzer: Fuzzer, numbers: list[int], *, traces: bool) -> None:
+    """Say what was done to some adapters and what came of it."""
+    for number in numbers:
+        name, done, answers = fuzzer.case(number)
+        print(f"{number}: {name}: {'; '.join(done)}")
+        for reader, (answer, why) in answers.items():
+            print(f"  {reader}: {answer} {why}")
+        if traces:
+            print(fuzzer.trace)
 
 
 if __name__ == "__main__":

@@ -123,17 +123,3 @@ print(json.dumps({
 def _lines(text):
     """Lines with text, however a table's rule is drawn."""
     return [re.sub(r"\s+", " ", line) for line in text.splitlines() if re.search(r"\w", line)]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["faults.py", "--kills", "3", "--only", "s2ft-float32"],
-        ["fuzz.py", "--count", "400"],
-        ["soak.py", "--updates", "80", "--only", "id3", "switch adapters"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_short_forms_of_the_long_trials(arguments, tmp_path):
-    """`make faults`, `make fuzz` and `make soak`; each ends with an error where something is wrong."""
-    assert "| " in python(ROOT / arguments[0], *arguments[1:], cwd=tmp_path)

@@ -1,59 +1,89 @@
-"""Work in a forked child, which has all imports done and may be killed at any moment."""
+"""Work in a forked process: libraries are loaded once, and what is killed there, hangs or meets its limits leaves no trace here.
+
+Fork only where one thread runs: `OMP_NUM_THREADS=1`, which the programs that fork set before torch is loaded.
+"""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
-__all__ = ["killed_at_write", "run"]
+import torch
+
+KEPT = 1 << 20  # bytes of output
 
 
-def run(work: Callable[[], object], log: Path, *, kill_after: float | None = None, number: int = signal.SIGKILL) -> int:
-    """The exit status of a child that does some work; negative where a signal ended it.
+@dataclass(frozen=True)
+class Ended:
+    """The end of a process.
+
+    Attributes:
+        code: of its exit; negative: the signal that ended it.
+        seconds: from start to end.
+        output: what it wrote to its standard streams, the last of it.
+    """
+
+    code: int
+    seconds: float
+    output: str
+
+
+def run(work: Callable[[], object], *, timeout: float = 300.0, after: float | None = None, sent: int = signal.SIGKILL) -> Ended:
+    """Do `work` in a process of its own and wait for it.
 
     Args:
-        work: what to do; an exception is status 1.
-        log: gets what the child prints.
-        kill_after: seconds after which it gets a signal; default never.
-        number: of the signal.
+        work: what it does; an exception ends it with a traceback and 70, `SystemExit` with its code.
+        timeout: seconds until it is killed.
+        after: seconds until the signal `sent` goes there; default None, none does.
+        sent: the signal.
     """
-    child = os.fork()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reading, writing = os.pipe()
+    start, child = time.perf_counter(), os.fork()
     if child == 0:
-        status = 1
-        try:
-            with log.open("a") as stream:
-                os.dup2(stream.fileno(), 1)
-                os.dup2(stream.fileno(), 2)
-                work()
-            status = 0
-        except BaseException:
-            import traceback
+        os.close(reading)
+        _work(work, writing)
+    os.close(writing)
+    pieces: list[bytes] = []
+    while True:
+        waited = time.perf_counter() - start
+        if waited > timeout:
+            os.kill(child, signal.SIGKILL)
+        elif after is not None and waited >= after:
+            os.kill(child, sent)
+            after = None
+        if select.select([reading], [], [], max(0.0, (timeout if after is None else after) - waited) + 0.001)[0]:
+            piece = os.read(reading, 1 << 16)
+            if not piece:
+                break
+            pieces.append(piece)
+    os.close(reading)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Ended(code, time.perf_counter() - start, b"".join(pieces)[-KEPT:].decode(errors="replace"))
 
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, number)  # one that is over is a zombie until waited for: nothing else can be hit
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-
-def killed_at_write(count: int) -> None:
-    """Let this process die when it is about to put a file in place, or to write one of torch's, for the `count`-th time."""
-    import torch
-
-    left = [count]
-
-    def dying(function: Callable[..., object]) -> Callable[..., object]:
-        def wrapped(*args: object, **kwargs: object) -> object:
-            left[0] -= 1
-            if left[0] <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    os.replace, torch.save = dying(os.replace), dying(torch.save)
+def _work(work: Callable[[], object], stream: int) -> None:
+    """The child's life; it never returns."""
+    code = 70
+    try:
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        torch.set_num_threads(1)  # it makes its pool of threads anew after a fork, which two threads at once must not do
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115  # till it ends
+        work()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -46,6 +46,7 @@ __all__ = [
     "own_template",
     "read",
     "read_config",
+    "read_weights",
     "tensors",
     "write",
 ]
@@ -109,35 +110,47 @@ def read(directory: str | os.PathLike[str]) -> Contents:
     """
     folder = Path(directory)
     config, path = _own_config(folder), folder / WEIGHTS
+    records = {name: Record.parse(name, fields) for name, fields in config["parameters"].items()}
+    selection, values, more = read_weights(path, records, config["sha256"])
+    if more:
+        hint = "" if not config.get("modules_to_save") else "; it trains whole modules too (modules_to_save): use PeftModel"
+        raise ValueError(f"{path}: holds {more[0]!r}, which {CONFIG} does not name{hint}")
+    prints = {name: record.fingerprint for name, record in records.items()}
+    base, of, rest = config["base_model_name_or_path"], config.get("of"), Rest.parse(config.get("rest"))
+    return Contents(selection, values, prints, config["method"], base, of, rest)
+
+
+def read_weights(path: Path, records: Mapping[str, Record], sha256: str | None) -> tuple[Selection, dict[str, Tensor], list[str]]:
+    """The places and values in a weights file, and the keys of whatever else it holds.
+
+    Args:
+        path: the file.
+        records: what the config says of each parameter.
+        sha256: of the file; None where the config does not say.
+
+    Raises:
+        ValueError: naming the file or parameter, where it is missing, damaged, truncated, or not what the config says.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: missing")
     content = path.read_bytes()
     with ThreadPoolExecutor(1) as pool:  # hashing takes as long as all the rest, and beside it
         hashed = pool.submit(lambda: hashlib.sha256(content).hexdigest())
         try:
-            return _parse(path, config, content)
+            return _parse(path, records, content)
         finally:  # where the hash is wrong, that is the better reason for whatever went wrong
-            expected, found = config["sha256"], hashed.result()
-            if expected is not None and found != expected:
-                raise ValueError(f"{path}: damaged or truncated: SHA-256 {expected[:12]}… expected, {found[:12]}… found")
+            if sha256 is not None and hashed.result() != sha256:
+                raise ValueError(f"{path}: damaged or truncated: SHA-256 {sha256[:12]}… expected, {hashed.result()[:12]}… found")
 
 
-def _parse(path: Path, config: dict[str, Any], content: bytes) -> Contents:
+def _parse(path: Path, records: Mapping[str, Record], content: bytes) -> tuple[Selection, dict[str, Tensor], list[str]]:
     try:
         raw = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: damaged or truncated, not safetensors ({error})") from error
-    selection, values, fingerprints = {}, {}, {}
-    for name, fields in config["parameters"].items():
-        record = Record.parse(name, fields)
-        selection[name] = _entries(name, record, raw)
-        values[name] = _values(name, record, raw)
-        fingerprints[name] = record.fingerprint
-    if raw:
-        hint = "" if not config.get("modules_to_save") else "; it trains whole modules too (modules_to_save): use PeftModel"
-        raise ValueError(f"{path}: holds {next(iter(raw))!r}, which {CONFIG} does not name{hint}")
-    base, of, rest = config["base_model_name_or_path"], config.get("of"), Rest.parse(config.get("rest"))
-    return Contents(Selection(selection), values, fingerprints, config["method"], base, of, rest)
+    entries = {name: _entries(name, record, raw) for name, record in records.items()}
+    values = {name: _values(name, record, raw) for name, record in records.items()}
+    return Selection(entries), values, list(raw)
 
 
 def tensors(contents: Contents) -> dict[str, Tensor]:
@@ -228,8 +241,9 @@ def _own_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged, its parameters are not a mapping")
     # transformers writes the config before the weights, whose hash it cannot know then
     hashed = config["sha256"] is None or isinstance(config["sha256"], str)
-    if not isinstance(config["method"], dict) or not hashed or not isinstance(config.get("of"), int | None):
-        raise ValueError(f"{path}: damaged, method, sha256 or of is of the wrong type")
+    named = isinstance(config["base_model_name_or_path"], str | None)
+    if not isinstance(config["method"], dict) or not (hashed and named) or not isinstance(config.get("of"), int | None):
+        raise ValueError(f"{path}: damaged, base_model_name_or_path, method, sha256 or of is of the wrong type")
     return config
 
 
@@ -260,5 +274,9 @@ def _values(name: str, record: Record, raw: dict[str, Tensor]) -> Tensor:
     if values.dtype not in (record.dtype, torch.promote_types(record.dtype, torch.float32)):
         raise ValueError(
             f"{name}: damaged adapter: values must be floating-point of the base's type {record.dtype}, found {values.dtype}"
+        )
+    if tuple(values.shape) != record.values_shape:
+        raise ValueError(
+            f"{name}: damaged adapter: values of shape {list(record.values_shape)} expected, {list(values.shape)} found"
         )
     return values.to(record.dtype)

@@ -125,6 +125,8 @@ def _delta(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
 
 def _lora(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
     check_config(folder, config)
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder / WEIGHTS}: missing")
     shapes, other = {}, []
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -147,6 +149,8 @@ def _lora(name: str, folder: Path, config: dict[str, Any]) -> Candidate:
     noted = read_mapping(folder / MARKER) if (folder / MARKER).is_file() else {}
     exported, base = noted.get("to") == "lora", config.get("base_model_name_or_path")
     dtype = noted.get("base_dtype") if exported else None
+    if not isinstance(dtype, str | None):
+        raise ValueError(f"{folder / MARKER}: damaged, base_dtype={dtype!r} is no name of a type")
     return Candidate(name, folder, "lora", base, modules, config, tuple(other), exported, dtype=dtype)
 
 

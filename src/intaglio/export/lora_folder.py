@@ -29,6 +29,7 @@ _MORE = (
     "target_parameters",
 )
 _LARGEST = 1e30  # of a scale: any JSON number is read, however long
+_LONGEST, _REPEATS = 1000, 4  # of a pattern: its length, and how many parts of it repeat
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -41,6 +42,9 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         problems.append(f"base_model_name_or_path={base!r}: give a name")
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
+        problems.append(f"modules_to_save={whole!r}: must be a list of names of modules")
     for key, check in (("rank_pattern", count), ("alpha_pattern", _scale)):
         patterns = config.get(key) or {}
         if not isinstance(patterns, Mapping):
@@ -96,6 +100,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: where it is missing or damaged.
     """
+    if not path.is_file():  # nor a pipe or a device, which could be read forever
+        raise ValueError(f"{path}: missing, damaged or truncated")
     try:
         return safetensors.torch.load(path.read_bytes())
     except (OSError, KeyError, safetensors.SafetensorError) as error:
@@ -107,8 +113,11 @@ def _scale(name: str, value: object) -> list[str]:
 
 
 def _expression(key: str, pattern: str) -> list[str]:
+    """Problems of a pattern, as it is matched with the ends of paths; one that repeats a group could take forever to match."""
+    if len(pattern) > _LONGEST or len(re.findall(r"[*+{]", pattern)) > _REPEATS or re.search(r"\)\s*[*+{]", pattern):
+        return [f"{key}: {pattern!r:.80} repeats a group, or is too long, for a pattern of names of modules"]
     try:
-        re.compile(pattern)
+        re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
         return [f"{key}: {pattern!r} is no regular expression ({error})"]
     return []

@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..core.probe import label_count
@@ -50,11 +51,18 @@ class _Marked:
     settings: Mapping[str, Any] = MappingProxyType({})
 
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]  # a Trainer's
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # an older one goes when this one is complete
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]  # a Trainer's
+        finally:
+            self.args.save_total_limit = limit
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         ranks.wait()  # every process has written its random state
-        if self.args.should_save and folder.exists() and not self.args.save_only_model:
+        if not self.args.should_save:
+            return
+        if folder.exists() and not self.args.save_only_model:
             mark_complete(folder, self.state.global_step, self.settings)
+        rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the adapter has its own, and the Trainer's would describe a full model."""

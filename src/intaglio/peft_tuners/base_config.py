@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ..method_kinds.fields import refuse
 
 __all__ = ["PeftTypeName", "TargetedConfig", "help_text"]
 
@@ -63,9 +67,29 @@ class TargetedConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = self.TYPE  # type: ignore[assignment]  # PEFT looks types up as strings
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read a saved config, each field of which must be of its type: PEFT takes whatever JSON holds.
+
+        Raises:
+            ValueError: naming the file and every such field, or where it is no JSON.
+        """
+        loaded, hints = super().from_json_file(path_json_file, **kwargs), typing.get_type_hints(cls)
+        known = [name for name in hints if name in loaded]
+        refuse(f"{path_json_file}: damaged", [p for name in known for p in _mistyped(name, loaded[name], hints[name])])
+        return loaded
+
     def target_problems(self) -> Iterator[str]:
         """What excludes each other among these fields, in the words of PEFT's own configs."""
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             yield "`layers_to_transform` cannot be used when `target_modules` is a str; give a list, or name the layers in it"
         if self.layers_pattern and self.layers_to_transform is None:
             yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified"
+
+
+def _mistyped(name: str, value: Any, hint: Any) -> list[str]:
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError:
+        return [f"{name}={value!r:.80}: wanted is {str(hint).replace('typing.', '')}"]
+    return []

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.folder import CARD, FORMAT_VERSION, PEFT_TYPE, WEIGHTS, card
+from ..adapter.folder import CARD, FORMAT_VERSION, PEFT_TYPE, WEIGHTS, card, read_weights
 from ..adapter.record import Record
 from ..adapter.rest import Rest
 from ..core.fingerprint import fingerprint
@@ -174,10 +174,10 @@ class DeltaConfig(TargetedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read a config, and refuse a local folder whose weights are damaged.
+        """Read a config, and refuse a local folder whose weights are damaged: PEFT would load what it can of them.
 
         Raises:
-            ValueError: where the config is damaged, or the weights' hash is not the recorded one.
+            ValueError: where the config is damaged, the weights' hash is not the recorded one, or they are not what it says.
         """
         try:
             config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -188,10 +188,11 @@ class DeltaConfig(TargetedConfig):
         if not isinstance(config, DeltaConfig):
             return config  # of PEFT's own type, as the folder says
         weights = Path(pretrained_model_name_or_path) / (subfolder or "") / WEIGHTS
-        if config.sha256 is not None and weights.is_file():
-            found = hashlib.sha256(weights.read_bytes()).hexdigest()
-            if found != config.sha256:
-                raise ValueError(f"{weights}: damaged or truncated: SHA-256 {config.sha256[:12]}… expected, {found[:12]}… found")
+        if weights.exists():
+            _, _, more = read_weights(weights, config.records, config.sha256)
+            more_named = config.modules_to_save or config.trainable_token_indices
+            if more_named and not more:
+                raise ValueError(f"{weights}: damaged, it holds nothing of {more_named!r}, which the config says is trained too")
         return config
 
 

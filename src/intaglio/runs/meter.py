@@ -1,17 +1,17 @@
-"""Seconds per optimizer step and peak memory of a training run."""
+"""Seconds per optimizer step, peak memory and loss of a training run."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
 import torch
 from transformers import TrainerCallback
 
-__all__ = ["StepMeter", "StopWhenAsked", "peak_memory"]
+__all__ = ["StepMeter", "StopWhenAsked", "mean_loss", "peak_memory"]
 
 
 class StepMeter(TrainerCallback):
@@ -34,6 +34,20 @@ class StepMeter(TrainerCallback):
         median = statistics.median(self._seconds) if self._seconds else None
         size, kind = peak_memory()
         return {"seconds_per_step": median, "seconds": sum(self._seconds), "peak_memory_bytes": size, "peak_memory_kind": kind}
+
+
+def mean_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
+    """Mean loss of a run's updates, from its log; where nothing is logged the Trainer's own, which is of the last start only.
+
+    Args:
+        history: `log_history` of the Trainer's state: every loss is the mean since the one before.
+    """
+    total, last, found = 0.0, 0, None
+    for entry in history:
+        if "loss" in entry and entry["step"] > last:
+            total, last = total + float(entry["loss"]) * (entry["step"] - last), entry["step"]
+        found = entry.get("train_loss", found)
+    return total / last if last else found
 
 
 def peak_memory() -> tuple[int, str]:

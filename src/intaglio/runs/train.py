@@ -232,7 +232,7 @@ def _fit(run: Run, trainer: Any, checkpoint: Path | None, stop: Stop) -> dict[st
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_callback import TrainerState
 
-    from .meter import StepMeter, StopWhenAsked
+    from .meter import StepMeter, StopWhenAsked, mean_loss
 
     meter = StepMeter()
     trainer.add_callback(meter)
@@ -240,18 +240,16 @@ def _fit(run: Run, trainer: Any, checkpoint: Path | None, stop: Stop) -> dict[st
     state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if state is not None and checkpoint is not None and _is_over(state, run.arguments):
         trainer._load_from_checkpoint(str(checkpoint))  # one more call of train would make one more update
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        loss = sum(map(float, losses)) / len(losses) if losses else None
     else:
         stop.waits = True
-        loss = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).training_loss
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         stop.waits, state = False, trainer.state
         if stop.number is not None:
             raise KeyboardInterrupt
     return {
         "steps": state.global_step,
         "resumed_from": None if checkpoint is None else checkpoint.name,
-        "final_loss": loss,
+        "final_loss": mean_loss(state.log_history),
         **meter.figures(),
         "history": state.log_history,
     }
