@@ -166,11 +166,14 @@ class DeltaConfig(TargetedConfig):
         self.sha256 = hashlib.sha256(weights.read_bytes()).hexdigest() if written else None
         super().save_pretrained(save_directory, **kwargs)
         readme = Path(save_directory) / CARD
-        if not readme.exists() or _PEFT_CARD in readme.read_text(encoding="utf-8"):  # else it is somebody's own
+        written = readme.read_text(encoding="utf-8") if readme.exists() else ""
+        if not written or _PEFT_CARD in written:  # else it is somebody's own
             named = self.base_model_name_or_path
             base = named if named and not Path(named).exists() else None  # a folder says nothing to others
             text = card(base, self.method or {}, self.trainable or 0, len(self.parameters or ()))
-            readme.write_text(text, encoding="utf-8")
+            front = written.split("---\n")[1] if written.startswith("---\n") else None  # PEFT's, which the hub reads
+            own = text.split("---\n", 2)
+            readme.write_text("---\n".join(own if front is None else [own[0], front, own[2]]), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -181,10 +184,8 @@ class DeltaConfig(TargetedConfig):
         """
         try:
             config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (RecursionError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: its config is damaged ({type(error).__name__}: {error})"
-            ) from error
+        except RecursionError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: its config is damaged ({error})") from error
         if not isinstance(config, DeltaConfig):
             return config  # of PEFT's own type, as the folder says
         weights = Path(pretrained_model_name_or_path) / (subfolder or "") / WEIGHTS
