@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test peft-suite selective-parity kernels planted-faults lint format tables clean help
+.PHONY: demo test peft-suite selective-parity kernels planted-faults faults fuzz soak lint format tables clean help
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M sparsely and check the adapter (about 8 minutes on two CPU cores)"
@@ -16,6 +16,8 @@ help:
 	@echo "make selective-parity  bit-equality with the authors' ID3 (fetches selective-optimizers 0.4)"
 	@echo "make kernels  the vLLM plugin's GPU kernels in Triton's interpreter (fetches triton 3.9)"
 	@echo "make planted-faults  does the suite find one-line faults in the core?"
+	@echo "make faults  training killed, out of disk, with damaged checkpoints, and resumed (10 minutes on one core)"
+	@echo "make fuzz    100,000 damaged adapters through every reader (25 minutes)    make soak  long runs stay flat (10 minutes)"
 	@echo "make format  rewrite with ruff           make clean   remove $(VENV)"
 	@echo "make tables  rewrite the tables in README and docs that the code gives"
 
@@ -72,6 +74,10 @@ kernels: build/triton/.ready
 
 planted-faults: $(READY)
 	$(BIN)/python tests/planted_faults.py
+
+# What they have found so far is kept in build/; they go on from there.
+faults fuzz soak: $(READY)
+	$(BIN)/python benchmarks/$@.py --write $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ def bases() -> Bases:
 
 
 def adapters(models: Bases, place: Path) -> dict[str, tuple[str, dict[str, bytes]]]:
-    """Name → (type of the base, the folder's files): of every kind of entries, saved by us and by PEFT, stock LoRAs and exports."""
+    """Name → (type of the base, the folder's files): all kinds of entries, saved by us and by PEFT, stock LoRAs and exports."""
     found = {}
     for dtype, base in models.items():
         here = place / dtype
@@ -60,5 +60,8 @@ def _places() -> dict[str, list[tuple[str, Entries]]]:
         packed = torch.randperm(384, generator=generator)[:20].sort().values
         entries.append((f"{path}.mlp.up_proj.weight", Elements((24, 16), packed)))
     entries.append(("model.embed_tokens.weight", Elements((32, 16), torch.tensor([5, 77]))))
-    whole: list[tuple[str, Entries]] = [("model.norm.weight", Whole((16,))), ("model.layers.0.input_layernorm.weight", Whole((16,)))]
+    whole: list[tuple[str, Entries]] = [
+        ("model.norm.weight", Whole((16,))),
+        ("model.layers.0.input_layernorm.weight", Whole((16,))),
+    ]
     return {"columns": columns, "rows": rows, "entries": entries, "whole": [*whole, rows[0]]}

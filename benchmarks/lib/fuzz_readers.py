@@ -1,7 +1,7 @@
 """Everything that reads an adapter folder, each with a check that what it makes of the folder is what the folder says.
 
-A reader takes a `Bench` and a folder. It raises what the real one raises, `Wrong` where the result is not that of the plain reader
-(`plain_reading`), and gives back whether there was something for it to read.
+A reader takes a `Bench` and a folder. It raises what the real one raises, `Wrong` where the result is not that of the plain
+reader (`plain_reading`), and gives back whether there was something for it to read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from intaglio import AdapterPool, Delta
 from intaglio.doctor.examine import examine
-from intaglio.export.from_lora import prepare, read_lora, to_delta
 from intaglio.export.forms import Options
+from intaglio.export.from_lora import prepare, read_lora, to_delta
 from intaglio.runs.inspect import inspect
 from intaglio.runtime.changes import Change
 from intaglio.runtime.store import AdapterStore
@@ -115,7 +115,7 @@ def look(bench: Bench, folder: Path) -> bool:
         result = inspect(folder, output=output)
         shutil.rmtree(output, ignore_errors=True)
     else:
-        with mock.patch("intaglio.report.heatmap.plot_selection", lambda *_: output):
+        with mock.patch("intaglio.report.heatmap.plot_selection", return_value=output):
             result = inspect(folder, output=output)
     json.dumps(result, default=str)
     return True

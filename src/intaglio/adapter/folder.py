@@ -31,7 +31,19 @@ from ..core.version import VERSION
 from .names import PREFIX
 from .record import Record, stored_index
 
-__all__ = ["CONFIG", "FORMAT_VERSION", "PEFT_TYPE", "WEIGHTS", "Contents", "key", "read", "read_config", "read_weights", "tensors", "write"]
+__all__ = [
+    "CONFIG",
+    "FORMAT_VERSION",
+    "PEFT_TYPE",
+    "WEIGHTS",
+    "Contents",
+    "key",
+    "read",
+    "read_config",
+    "read_weights",
+    "tensors",
+    "write",
+]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PEFT_TYPE = "INTAGLIO"
