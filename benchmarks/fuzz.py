@@ -8,8 +8,8 @@ Adapters of rows, columns, single entries and whole tensors, in fp32 and bf16, s
 to three places (lib/mutations.py) by a generator whose seed is --seed and the number of the adapter, and given to every reader
 (lib/fuzz_readers.py). A reader has to give what the folder says, held against a plain one without a check (lib/plain_reading.py),
 or raise ValueError or OSError. Whatever it does: the base stays as it was, bit for bit; nothing is written outside its own
-folder; no process is started, nothing unpickled, no address asked; memory and time stay small. Results are kept after every thousand; a
-second call goes on where the first stopped (--anew: from the start).
+folder; no process is started, nothing unpickled, no address asked; memory and time stay small. Results are kept after every
+thousand; a second call goes on where the first stopped (--anew: from the start).
 """
 
 from __future__ import annotations
