@@ -13,12 +13,6 @@ Results are kept as they come; a second call goes on where the first stopped (--
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread, or forking would not be safe
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import hashlib
 import json
 import random
@@ -228,24 +222,17 @@ def page(found: dict[str, dict[str, Any]], rounds: int) -> str:
     everything = [one for done in grouped.values() for one in done]
     wrong = [f"* `{key}`: {'; '.join(one['wrong'])}" for key, one in found.items() if one["wrong"]]
     head = "| what was done | runs | interrupted | ended as if nothing had been | updates made again, at most | left-overs |"
-    return "\n".join(
-        [
-            "# Training, interrupted",
-            "",
-            f"`{command_line.command()}` on two CPU cores: {len(everything)} runs of {STEPS} updates with a checkpoint",
-            f"every {EVERY}, of {', '.join(METHODS)} in {' and '.join(DTYPES)}, interrupted and resumed to their end. Compared with the",
-            "uninterrupted run, bit by bit: the adapter's weights and config, the tuned model's logits, the loss of every update, the",
-            f"mean loss, and the records of ID3's choices and IST's layers. Different: {len(wrong)}.",
-            "",
-            *table(head, [*rows, ["all", *_row(everything)]], "l"),
-            "",
-            "A run that was *not* interrupted was over before its moment came, or wrote no file that was too large. *Left-overs*:",
-            "hidden folders of saves that were killed, which were still there after the run had ended.",
-            "",
-            *(wrong or ["Nothing was wrong."]),
-            "",
-        ]
-    )
+    text = f"""# Training, interrupted
+
+`{command_line.command()}`, one of two CPU cores: {len(everything)} runs of {STEPS} updates with a checkpoint every {EVERY}, of
+{", ".join(METHODS)} in {" and ".join(DTYPES)}, interrupted and resumed to their end. Compared with the uninterrupted run, bit by
+bit: the adapter's weights and config, the tuned model's logits, the loss of every update, the mean loss, and the records of ID3's
+choices and IST's layers. Wrong: {len(wrong)}.
+
+A run that was *not* interrupted was over before its moment came, or wrote no file that was too large. *Left-overs*: hidden
+folders of saves that were killed, which were still there after the run had ended.
+"""
+    return "\n".join([text, *table(head, [*rows, ["all", *_row(everything)]], "l"), "", *(wrong or ["Nothing was wrong."]), ""])
 
 
 def _row(done: list[dict[str, Any]]) -> list[object]:

@@ -4,21 +4,15 @@
     python benchmarks/fuzz.py --count 2000
     python benchmarks/fuzz.py --only 4711 --show   # again: what was done to it, and what each reader said
 
-Adapters of rows, columns, single entries and whole tensors, in fp32 and bf16, stock LoRAs and exported ones, are damaged
-at one to three places (lib/mutations.py) by a generator whose seed is --seed and the number of the adapter, and given to every
-reader (lib/fuzz_readers.py). A reader has to give what the folder says, held against a reader of twenty lines without a check
-(lib/plain_reading.py), or raise ValueError or OSError. Whatever it does: the base stays as it was to the bit; nothing is written
-outside its own folder; no code is run, nothing unpickled, no address asked; memory and time stay small. Results are kept
-after every thousand; a second call goes on where the first stopped (--anew: from the start).
+Adapters of rows, columns, single entries and whole tensors, in fp32 and bf16, stock LoRAs and exported ones, are damaged at one
+to three places (lib/mutations.py) by a generator whose seed is --seed and the number of the adapter, and given to every reader
+(lib/fuzz_readers.py). A reader has to give what the folder says, held against a plain one without a check (lib/plain_reading.py),
+or raise ValueError or OSError. Whatever it does: the base stays as it was, bit for bit; nothing is written outside its own
+folder; no process is started, nothing unpickled, no address asked; memory and time stay small. Results are kept after every
+thousand; a second call goes on where the first stopped (--anew: from the start).
 """
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread, or forking would not be safe
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import random
@@ -31,12 +25,13 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lib import command_line, forked, results
+from lib.guard import Guard
 from lib.journal import Journal
 from lib.tables import table
 
@@ -45,32 +40,6 @@ BATCH = 1000  # adapters of a process
 ROOM, SECONDS, HANGING = 512 << 20, 2.0, 10  # of a reader: bytes, seconds of the processor, seconds until it is killed
 MARK = "answers "  # what a line of them begins with
 DRAWN = 40  # in one of so many, what takes long is done too: pictures, exports
-FORBIDDEN = {
-    "socket.connect",
-    "socket.getaddrinfo",
-    "pickle.find_class",
-    "subprocess.Popen",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-}
-WRITING = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"}
-
-
-class Guard:
-    """An ear to this process's audit events: what it does that no reader may do."""
-
-    def __init__(self, *allowed: Path) -> None:
-        self._allowed, self.heard = tuple(map(str, allowed)), list[str]()
-        sys.addaudithook(self._hear)
-
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in FORBIDDEN:
-            self.heard.append(f"{event} {arguments!r:.100}")
-        elif event in WRITING or (event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-            path = arguments[0]
-            if isinstance(path, str | Path) and str(path).startswith("/") and not str(path).startswith(self._allowed):
-                self.heard.append(f"{event} {path}")
 
 
 class Fuzzer:
@@ -118,14 +87,8 @@ class Fuzzer:
         answers = {}
         for name, reader in READERS.items():
             start = time.process_time()
-            self._guard.heard.clear()
-            try:
-                answer = ("taken", "") if reader(bench, folder) else ("passed", "")
-            except (ValueError, OSError) as error:
-                answer = "refused", str(error)
-            except Exception as error:
-                answer = "wrong", f"{type(error).__name__}: {error}"
-                self.trace = traceback.format_exc()
+            with self._guard:
+                answer = self._answer(reader, bench, folder)
             seconds = time.process_time() - start
             try:
                 bench.check({}, "afterwards")
@@ -138,6 +101,15 @@ class Fuzzer:
                 answer = "wrong", f"takes {seconds:.1f} s"
             answers[name] = answer
         return answers
+
+    def _answer(self, reader: Callable[[Any, Path], bool], bench: Any, folder: Path) -> tuple[str, str]:
+        try:
+            return ("taken", "") if reader(bench, folder) else ("passed", "")
+        except (ValueError, OSError) as error:
+            return "refused", str(error)
+        except Exception as error:
+            self.trace = traceback.format_exc()
+            return "wrong", f"{type(error).__name__}: {error}"
 
     def batch(self, numbers: Iterable[int]) -> dict[str, Any]:
         """Cases in a process of its own, with little memory to grow into; one at which it dies counts, and the rest goes on."""
@@ -186,25 +158,20 @@ def page(found: dict[str, Any], seed: int) -> str:
         for name in readers
     ]
     grown = max((batch["grown"] for batch in found.values()), default=0) / 2**20
+    shown = (
+        f"{one['case']} ({one.get('adapter')}: {'; '.join(one.get('done', []))}), {one['reader']}: {one['what']}" for one in wrong
+    )
+    text = f"""# Damaged adapters
+
+`{command_line.command()}`, one of two CPU cores: {counts["cases"]:,} adapters, damaged with seed {seed}, through every reader.
+Wrong: {len(wrong)}. *Taken*: what the reader made of it is, bit for bit, what the folder says (a LoRA's product: to rounding);
+damage that changes no value, or values and the hash with them, is taken rightly. *Refused*: `ValueError` or `OSError`. *Passed*:
+LoRAs, and folders of other types, are PEFT's own to read. The base was compared bit for bit after every reader; writes elsewhere,
+processes, pickles and sockets were watched for by the interpreter's audit events. No process grew by more than
+{grown:.0f} MB (a thousand adapters each); each had room for {ROOM >> 20}.
+"""
     return "\n".join(
-        [
-            "# Damaged adapters",
-            "",
-            f"`{command_line.command()}` on one of two CPU cores: {counts['cases']:,} adapters, damaged with seed",
-            f"{seed}, through every reader. *Taken*: what the reader made of it is, bit for bit, what the folder says (a LoRA's product:",
-            "to rounding); damage that changes no value, or changes values and the hash with them, is taken rightly. *Refused*:",
-            "`ValueError` or `OSError`. *Passed*: LoRAs, and folders of other types, are PEFT's own to read.",
-            f"Wrong: {len(wrong)}. The base was compared bit for bit after every reader, writes and events of the interpreter watched.",
-            f" No process grew by more than {grown:.0f} MB; each had room for {ROOM >> 20}.",
-            "",
-            *table("| reader | taken | refused | wrong | passed |", rows),
-            "",
-            *(
-                f"* {one['case']} ({one.get('adapter')}: {'; '.join(one.get('done', []))}), {one['reader']}: {one['what']}"
-                for one in wrong[:50]
-            ),
-            "",
-        ]
+        [text, *table("| reader | taken | refused | wrong | passed |", rows), "", *(f"* {line}" for line in list(shown)[:50])]
     )
 
 

@@ -1,6 +1,6 @@
 """Work in a forked process: libraries are loaded once, and what is killed there, hangs or meets its limits leaves no trace here.
 
-Fork only where one thread runs: `OMP_NUM_THREADS=1`, which the programs that fork set before torch is loaded.
+Forking is safe where one thread runs: a program imports this before torch, which then makes no others.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+for _name, _value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ.setdefault(_name, _value)
+
+import torch  # noqa: E402 - after the lines above
 
 KEPT = 1 << 20  # bytes of output
 
@@ -75,8 +79,9 @@ def _work(work: Callable[[], object], stream: int) -> None:
     try:
         os.dup2(stream, 1)
         os.dup2(stream, 2)
+        warnings.simplefilter("default")  # as in a process of one's own, whatever the parent makes of warnings
         torch.set_num_threads(1)  # it makes its pool of threads anew after a fork, which two threads at once must not do
-        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115  # till it ends
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 - to the end
         work()
         code = 0
     except SystemExit as end:

@@ -32,7 +32,7 @@ def bases() -> Bases:
 
 
 def adapters(models: Bases, place: Path) -> dict[str, tuple[str, dict[str, bytes]]]:
-    """Name → (type of the base, the folder's files): every kind of entries, saved by us and by PEFT, stock LoRAs, exports."""
+    """Name → (type of the base, the folder's files): all kinds of entries, saved by us and by PEFT, stock LoRAs and exports."""
     found = {}
     for dtype, base in models.items():
         here = place / dtype

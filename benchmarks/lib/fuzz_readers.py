@@ -1,7 +1,7 @@
 """Everything that reads an adapter folder, each with a check that what it makes of the folder is what the folder says.
 
-A reader takes a `Bench` and a folder. It raises what the real one raises, `Wrong` where the result is not the plain reader's
-(`plain_reading`), and gives back whether there was something for it to read.
+A reader takes a `Bench` and a folder. It raises what the real one raises, `Wrong` where the result is not that of the plain
+reader (`plain_reading`), and gives back whether there was something for it to read.
 """
 
 from __future__ import annotations

@@ -127,6 +127,7 @@ DAMAGES = {
     "config not JSON": (lambda f: (f / CONFIG).write_text('{"peft_type"'), "not JSON"),
     "other type": (lambda f: rewrite(f, config={"peft_type": "LORA"}), "not an Intaglio adapter"),
     "future format": (lambda f: rewrite(f, config={"format_version": 99}), "format version 99"),
+    "a base that is no name": (lambda f: rewrite(f, config={"base_model_name_or_path": 5}), "of the wrong type"),
     "config without key": (lambda f: (f / CONFIG).write_text('{"peft_type": "INTAGLIO", "format_version": 3}'), "without"),
 }
 
@@ -147,6 +148,8 @@ def test_kind_and_shape_are_checked(adapter):
         ({"shape": "x"}, "no list of sizes"),
         ({"shape": [2, 2]}, name),
         ({"dtype": "int8"}, "no floating-point type"),
+        ({"dtype": "float8_e5m2"}, "no floating-point type of 16 bits or more"),
+        ({"dtype": "nn"}, "no floating-point type"),
         ({"indices": True}, "no count" if settings["parameters"][name]["kind"] != "whole" else name),
         ({"fingerprint": 3}, "fingerprint"),
     ):

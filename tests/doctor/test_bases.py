@@ -1,5 +1,6 @@
 """Adapters and their base: damaged, of another base, or of one that is not at hand."""
 
+import json
 import shutil
 
 import pytest
@@ -11,12 +12,21 @@ from support.exports import rewrite
 
 
 def test_damaged_configs_are_one_clear_line(shelf, tmp_path):
-    for number, change in enumerate(({"r": 0}, {"r": True}, {"base_model_name_or_path": ["x"]}, {"rank_pattern": {"(": 4}})):
+    changes = {"r": 0}, {"r": True}, {"base_model_name_or_path": ["x"]}, {"rank_pattern": {"(": 4}}, {"modules_to_save": 5}
+    for number, change in enumerate(changes):
         folder = tmp_path / str(number)
         shutil.copytree(shelf / "plain", folder)
         rewrite(folder, **change)
         with pytest.raises(ValueError, match="damaged"):
             examine([str(folder)], "vllm")
+
+
+def test_the_note_of_an_export_is_checked(shelf, tmp_path):
+    shutil.copytree(shelf / "plain", tmp_path / "lora")
+    note = tmp_path / "lora/intaglio_export.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"base_dtype": {"a": 1}}))
+    with pytest.raises(ValueError, match=r"intaglio_export\.json: damaged, base_dtype="):
+        examine([str(tmp_path / "lora")])
 
 
 def test_damaged_adapters_are_refused(shelf, tmp_path):

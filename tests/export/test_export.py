@@ -364,7 +364,7 @@ def test_supertuning_takes_linear_layers_only(load, tmp_path):
 def test_the_check_sees_a_small_change(load):
     model = load("gqa_llama")
     reference = answer(model, prompts(model))
-    assert reference.tokens.shape == (4, 24)
+    assert reference.inputs.given.shape == (4, 24)
     assert compare(reference, model) == {"max_difference": 0.0, "tolerance": 2e-4, "tokens": pytest.approx(64, abs=4)}
     with torch.no_grad():
         model.lm_head.weight[5] += 1e-3
@@ -380,9 +380,9 @@ def test_one_pass_says_what_generating_would(load):
     model = load("gqa_llama")
     reference = answer(model, prompts(model))
     model.generation_config.eos_token_id = None
-    ids = prompts(model)
+    ids = prompts(model).given
     generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
-    assert torch.equal(generated, reference.tokens)
+    assert torch.equal(generated, reference.inputs.given)
 
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):

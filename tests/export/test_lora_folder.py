@@ -1,6 +1,7 @@
 """What is no LoRA folder is refused by name, by the reader that turns one into a Delta and by the one that serves it."""
 
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -47,6 +48,9 @@ CONFIGS = {
     "a pattern's rank": ({"rank_pattern": {"down_proj": 1.5}}, r"rank_pattern\['down_proj'\]=1.5: give a whole number"),
     "no expression": ({"alpha_pattern": {"(": 8}}, r"alpha_pattern: '\(' is no regular expression"),
     "too long": ({"alpha_pattern": {"a{99999999999}": 8}}, "is no regular expression"),
+    "could take forever": ({"rank_pattern": {"([\\w.]+)+!": 8}}, "repeats a group, or is too long, for a pattern of names"),
+    "many repeats": ({"alpha_pattern": {".*.*.*.*.*x": 8}}, "repeats a group, or is too long"),
+    "flags": ({"alpha_pattern": {"(?i)Q_PROJ": 8}}, "is no regular expression"),
     "rank": ({"r": 0}, "r=0: give a whole number of at least 1"),
     "base": ({"base_model_name_or_path": 5}, "base_model_name_or_path=5: give a name"),
     "two at once": ({"r": None, "lora_alpha": None}, "r=None: .*; lora_alpha=None: "),
@@ -97,7 +101,16 @@ def test_damaged_factors(base, folder, wrong, reader):
 
 
 @pytest.mark.parametrize("reader", ["to delta", "to serve"])
-@pytest.mark.parametrize("spoil", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-9])])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(file.read_bytes()[:-9]),
+        lambda file: (file.unlink(), os.mkfifo(file)),
+        lambda file: (file.unlink(), file.symlink_to("/dev/zero")),
+    ],
+    ids=["missing", "cut", "a pipe", "a device"],
+)
 def test_damaged_files(base, folder, spoil, reader):
     spoil(folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"lora/adapter_model\.safetensors: missing, damaged or truncated"):

@@ -1,6 +1,7 @@
 """What the PEFT face refuses: wrong bases, damaged tensors, quantized weights, wrappers that would be passed over."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -15,7 +16,8 @@ from intaglio.core.entries import Elements, Whole
 from intaglio.core.fingerprint import fingerprint
 from intaglio.hf import DeltaConfig, S2FTConfig
 from support import tiny
-from support.peft_models import RANDOM, S2FT, delta_folder, logits, refuses, trained
+from support.exports import rewrite
+from support.peft_models import RANDOM, S2FT, delta_folder, logits, refuses, same, trained
 
 
 @pytest.fixture(scope="module", params=[{"name": "s2ft"} | S2FT, RANDOM], ids=lambda m: m["name"])
@@ -98,6 +100,43 @@ def test_damaged_tensors_never_reach_a_forward(folder, damage, tmp_path):
         logits(native)
     with refuses(message):
         Delta.load(path)
+
+
+SEALED = {  # the hash in the config is that of the damaged file, or none
+    "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-8]), "not safetensors"),
+    "values of another shape": (lambda f: retensor(f, "values", lambda t: t[..., :1]), r"values of shape \["),
+    "values dropped": (lambda f: retensor(f, "values", None), "has no 'base_model"),
+    "a pipe": (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "missing"),
+    "no places": (lambda f: rewrite(f, parameters=None), "parameters is damaged, not a mapping"),
+    "modules without weights": (lambda f: rewrite(f, modules_to_save=["lm_head"]), r"holds nothing of \['lm_head'\]"),
+    "modules of a number": (
+        lambda f: rewrite(f, modules_to_save=1e308),
+        r"modules_to_save=1e\+308: wanted is list\[str\] \| None",
+    ),
+    "a hash of a number": (lambda f: rewrite(f, sha256=5), "sha256=5: wanted is str"),
+    "two fields": (lambda f: rewrite(f, method=[1], inference_mode="x"), "method=.*inference_mode=|inference_mode=.*method="),
+}
+
+
+def retensor(folder, part, change):
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    key = next(key for key in tensors if part in key)
+    old = tensors.pop(key)
+    safetensors.torch.save_file(tensors if change is None else tensors | {key: change(old).contiguous()}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("damage", SEALED)
+def test_what_delta_load_refuses_peft_never_begins_to_load(folder, damage, tmp_path):
+    """PEFT and safetensors would end in errors of their own, or load what fits."""
+    spoil_, message = SEALED[damage]
+    place = tmp_path / "spoiled"
+    shutil.copytree(folder, place)
+    rewrite(place, sha256=None)
+    spoil_(place)
+    base = tiny.build("gqa_llama", dtype=torch.bfloat16)
+    with refuses(message):
+        PeftModel.from_pretrained(base, place)
+    assert same(base, tiny.build("gqa_llama", dtype=torch.bfloat16))
 
 
 def test_a_broken_hash_is_refused(folder, tmp_path):

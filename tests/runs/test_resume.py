@@ -114,6 +114,29 @@ def test_a_run_that_is_over_makes_no_further_update(whole, place, tmp_path):
     assert weights(tmp_path / "run") == weights(folder)
 
 
+def test_the_mean_loss_is_that_of_the_whole_run(whole, place, tmp_path):
+    """Not of the part since the last start."""
+    method, folder = whole
+    result = train(blocks(place, half(folder, tmp_path / "run", 2), method), resume=True)
+    then = json.loads((folder / "run.json").read_text())
+    assert result["training"]["final_loss"] == then["training"]["final_loss"]
+    losses = [entry["loss"] for entry in result["training"]["history"] if "loss" in entry]
+    assert result["training"]["final_loss"] == sum(losses) / 4
+
+
+def test_an_older_checkpoint_stays_until_the_newer_one_is_complete(whole, place, tmp_path, monkeypatch):
+    """With a limit of one, a run that is killed between the two would begin anew."""
+    method, folder = whole
+    run = half(folder, tmp_path / "run", 2)
+    monkeypatch.setattr("intaglio.hf.trainer.mark_complete", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        train(blocks(place, run, method, save_total_limit=1), resume=True)
+    assert last_checkpoint(run).name == "checkpoint-2"
+    monkeypatch.undo()
+    train(blocks(place, run, method, save_total_limit=1), resume=True)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_passed_over_and_named(whole, place, tmp_path, damage):
     """Any file of it: the run goes on from the one before, and ends as it would have."""

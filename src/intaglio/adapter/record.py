@@ -14,7 +14,7 @@ from . import packing
 
 __all__ = ["Record", "stored_index"]
 
-_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a base which is trained can have
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a base which is trained can have
 
 
 @final
@@ -57,13 +57,13 @@ class Record:
         kind = fields.get("kind")
         if kind not in ("whole", "slices", "elements"):
             raise ValueError(f"{name}: damaged adapter: unknown kind {kind!r}")
-        shape, dtype = fields.get("shape"), getattr(torch, str(fields.get("dtype")), None)
+        shape, dtype = fields.get("shape"), next((t for t in _DTYPES if str(t) == f"torch.{fields.get('dtype')}"), None)
         if not isinstance(shape, list | tuple) or not all(_is_count(n) for n in shape):
             raise ValueError(f"{name}: damaged adapter: shape {shape!r} is no list of sizes")
         if 0 in shape or torch.Size(shape).numel() >= 2**62:
             raise ValueError(f"{name}: damaged adapter: shape {list(shape)} is that of no parameter")
-        if dtype not in _TYPES:
-            raise ValueError(f"{name}: damaged adapter: {fields.get('dtype')!r} is no floating-point type")
+        if dtype is None:
+            raise ValueError(f"{name}: damaged adapter: {fields.get('dtype')!r} is no floating-point type of 16 bits or more")
         dim = fields.get("dim") if kind == "slices" else None
         indices = None if kind == "whole" else fields.get("indices")
         if kind == "slices" and not (_is_count(dim) and dim < len(shape)):

@@ -57,18 +57,20 @@ class Answer:
     Attributes:
         inputs: prompts and what follows them.
         logits: at every token of them, fp32 `[prompts, tokens, vocabulary]` (a classifier's: `[prompts, classes]`).
-        generated: how many of the tokens of a row the model chose; 0 for a model that generates none.
+        generated: how many of the tokens of a row the model chose, and one pass can tell; 0 for a model that generates none.
+        asked: tokens of a prompt; None for a model that generates none.
     """
 
     inputs: Inputs
     logits: Tensor
     generated: int
+    asked: int | None = None
 
     @property
     def prompt(self) -> Inputs:
         """The inputs without what was generated."""
         given = self.inputs.given
-        return replace(self.inputs, given=given[:, : given.shape[1] - self.generated] if self.generated else given)
+        return replace(self.inputs, given=given if self.asked is None else given[:, : self.asked])
 
     @property
     def tolerance(self) -> float:
@@ -132,8 +134,13 @@ def answer(model: Any, inputs: Inputs) -> Answer:
     for _ in range(_NEW if generates else 0):
         steps.append(inputs.logits(model)[:, -1:])
         inputs = replace(inputs, given=torch.cat([inputs.given, steps[-1].argmax(-1)], dim=1))
-    found = Answer(inputs, inputs.logits(model), len(steps))
-    if steps and (torch.cat(steps, 1) - found.logits[:, start - 1 : -1]).abs().max().item() > found.tolerance:
+    found = Answer(inputs, inputs.logits(model), len(steps), start if steps else None)
+    # In types narrower than fp32 one pass rounds otherwise than several, which says nothing about the mask.
+    if (
+        steps
+        and model.dtype == torch.float32
+        and (torch.cat(steps, 1) - found.logits[:, start - 1 : -1]).abs().max().item() > found.tolerance
+    ):
         return replace(found, generated=0)
     return found
 

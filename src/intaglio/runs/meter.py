@@ -37,7 +37,7 @@ class StepMeter(TrainerCallback):
 
 
 def mean_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
-    """Mean loss of a run's updates, from its log; where nothing is logged the Trainer's own, which is of the last start only.
+    """Mean loss of a run's updates, from its log; where nothing is logged, the Trainer's own mean, since the last start.
 
     Args:
         history: `log_history` of the Trainer's state: every loss is the mean since the one before.

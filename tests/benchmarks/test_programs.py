@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parents[2] / "benchmarks"
 PROGRAMS = sorted(ROOT.glob("*.py"))
 
 
@@ -48,7 +48,9 @@ for program in {[str(program) for program in PROGRAMS]!r}:
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.stem)
 def test_a_program_starts_no_processes_itself(program):
     text = program.read_text()
-    assert "subprocess" not in text, "processes are started by lib/turns.py, lib/server_process.py and lib/gguf_engines.py"
+    started = "processes are started by lib/turns.py, lib/forked.py, lib/server_process.py and lib/gguf_engines.py"
+    assert "subprocess" not in text, started
+    assert "os.fork" not in text, started
     assert "--child" not in text, "lib/turns.py: parse() has the argument"
 
 
