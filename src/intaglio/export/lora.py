@@ -144,7 +144,7 @@ def slices_of(selection: Selection) -> dict[str, Slices]:
     # read yet: matrices inside numbered layers are, but an embedding or a norm is not.
     linear = all(len(e.shape) == 2 and re.search(r"\.\d+\..*weight$", name) for name, e in selection.items())
     forms = "use --to supertuning (scattered entries of linear weights), --to approximate-lora (its loss measured) or --to merged"
-    advice = f"use {forms}" if "elements" in kinds.values() and linear else "use --to merged"
+    advice = forms if "elements" in kinds.values() and linear else "use --to merged"
     refuse_parameters(problems, "LoRA, which takes rows or columns of linear weights", advice)
     return found
 
