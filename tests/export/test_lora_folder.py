@@ -80,6 +80,7 @@ WEIGHTS = {
     "three dimensions": (lambda t: t.update({B: torch.ones(2, 32, 8)}), PAIR),
     "a number": (lambda t: t.update({A: torch.tensor(1.0)}), PAIR),
     "two ranks": (lambda t: t.update({A: torch.ones(4, 48)}), PAIR),
+    "no outputs": (lambda t: t.update({B: torch.ones(0, 8)}), PAIR),
     "no rank": (lambda t: t.update({A: torch.ones(0, 48), B: torch.ones(32, 0)}), PAIR),
     "integers": (lambda t: t.update({A: t[A].int()}), r"lora_A\.weight is of torch\.int32; factors are floating-point"),
     "truths": (lambda t: t.update({B: t[B].bool()}), r"lora_B\.weight is of torch\.bool"),
