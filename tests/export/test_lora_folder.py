@@ -48,7 +48,7 @@ CONFIGS = {
     "a pattern's rank": ({"rank_pattern": {"down_proj": 1.5}}, r"rank_pattern\['down_proj'\]=1.5: give a whole number"),
     "no expression": ({"alpha_pattern": {"(": 8}}, r"alpha_pattern: '\(' is no regular expression"),
     "too long": ({"alpha_pattern": {"a{99999999999}": 8}}, "is no regular expression"),
-    "could take forever": ({"rank_pattern": {"([\\w.]+)+!": 8}}, "repeats a group, or is too long, for a pattern of names"),
+    "could take forever": ({"rank_pattern": {"([\\w.]+)+!": 8}}, "repeats a group, or is too long; give names of modules"),
     "many repeats": ({"alpha_pattern": {".*.*.*.*.*x": 8}}, "repeats a group, or is too long"),
     "flags": ({"alpha_pattern": {"(?i)Q_PROJ": 8}}, "is no regular expression"),
     "rank": ({"r": 0}, "r=0: give a whole number of at least 1"),

@@ -116,7 +116,8 @@ def _scale(name: str, value: object) -> list[str]:
 def _expression(key: str, pattern: str) -> list[str]:
     """Problems of a pattern, as it is matched with the ends of paths; one that repeats a group could take forever to match."""
     if len(pattern) > _LONGEST or len(re.findall(r"[*+{]", pattern)) > _REPEATS or re.search(r"\)\s*[*+{]", pattern):
-        return [f"{key}: {pattern!r:.80} repeats a group, or is too long, for a pattern of names of modules"]
+        advice = "give names of modules, without regular expressions that could take forever to match"
+        return [f"{key}: {pattern!r:.80} repeats a group, or is too long; {advice}"]
     try:
         re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
