@@ -221,7 +221,7 @@ def page(found: dict[str, dict[str, Any]], rounds: int) -> str:
     rows = [[KINDS[kind], *_row(done)] for kind, done in grouped.items()]
     everything = [one for done in grouped.values() for one in done]
     wrong = [f"* `{key}`: {'; '.join(one['wrong'])}" for key, one in found.items() if one["wrong"]]
-    head = "| what was done | runs | interrupted | ended as if nothing had been | updates made again, at most | left-overs |"
+    columns = "runs | interrupted | ended as if nothing had been | a clear last word | updates made again, at most | left-overs"
     text = f"""# Training, interrupted
 
 `{command_line.command()}`, one of two CPU cores: {len(everything)} runs of {STEPS} updates with a checkpoint every {EVERY}, of
@@ -229,17 +229,28 @@ def page(found: dict[str, dict[str, Any]], rounds: int) -> str:
 bit: the adapter's weights and config, the tuned model's logits, the loss of every update, the mean loss, and the records of ID3's
 choices and IST's layers. Wrong: {len(wrong)}.
 
-A run that was *not* interrupted was over before its moment came, or wrote no file that was too large. *Left-overs*: hidden
-folders of saves that were killed, which were still there after the run had ended.
+A run that was *not* interrupted was over before its moment came, or wrote no file that was too large. *A clear last word*:
+killed at once, or ended by itself without a traceback, with 2 where the disk was full. *Left-overs*: hidden folders of saves that
+were killed, which were still there after the run had ended.
 """
-    return "\n".join([text, *table(head, [*rows, ["all", *_row(everything)]], "l"), "", *(wrong or ["Nothing was wrong."]), ""])
+    return "\n".join(
+        [
+            text,
+            *table(f"| what was done | {columns} |", [*rows, ["all", *_row(everything)]], "l"),
+            "",
+            *(wrong or ["Nothing was wrong."]),
+            "",
+        ]
+    )
 
 
 def _row(done: list[dict[str, Any]]) -> list[object]:
     again = [one["again"] for one in done if one.get("again") is not None]
-    right = sum(not one["wrong"] for one in done)
+    other = [any(what.startswith(("other", "resume")) for what in one["wrong"]) for one in done]
+    unclear = [any(not what.startswith(("other", "resume")) for what in one["wrong"]) for one in done]
     hit = sum(any(one["codes"]) for one in done)
-    return [len(done), hit, right, max(again, default=""), sum(len(one.get("hidden", [])) for one in done)]
+    counts = [len(done), hit, other.count(False), unclear.count(False)]
+    return [*counts, max(again, default=""), sum(len(one.get("hidden", [])) for one in done)]
 
 
 def main() -> None:

@@ -4,12 +4,12 @@
     python benchmarks/fuzz.py --count 2000
     python benchmarks/fuzz.py --only 4711 --show   # again: what was done to it, and what each reader said
 
-Adapters of rows, columns, single entries and whole tensors, in fp32 and bf16, stock LoRAs and exported ones, are damaged at one
-to three places (lib/mutations.py) by a generator whose seed is --seed and the number of the adapter, and given to every reader
-(lib/fuzz_readers.py). A reader has to give what the folder says, held against a plain one without a check (lib/plain_reading.py),
-or raise ValueError or OSError. Whatever it does: the base stays as it was, bit for bit; nothing is written outside its own
-folder; no process is started, nothing unpickled, no address asked; memory and time stay small. Results are kept after every
-thousand; a second call goes on where the first stopped (--anew: from the start).
+Adapters of rows, columns, single entries and whole tensors, in fp32 and bf16, stock LoRAs, exported ones and folders of runs are
+damaged at one to three places (lib/mutations.py) by a generator whose seed is --seed and the number of the adapter, and given to
+every reader (lib/fuzz_readers.py). A reader has to give what the folder says, held against a plain one without a check
+(lib/plain_reading.py), or raise ValueError or OSError. Whatever it does: the base stays as it was, bit for bit; nothing is
+written outside its own folder; no process is started, nothing unpickled, no address asked; memory and time stay small. Results
+are kept after every thousand; a second call goes on where the first stopped (--anew: from the start).
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ def page(found: dict[str, Any], seed: int) -> str:
 `{command_line.command()}`, one of two CPU cores: {counts["cases"]:,} adapters, damaged with seed {seed}, through every reader.
 Wrong: {len(wrong)}. *Taken*: what the reader made of it is, bit for bit, what the folder says (a LoRA's product: to rounding);
 damage that changes no value, or values and the hash with them, is taken rightly. *Refused*: `ValueError` or `OSError`. *Passed*:
-LoRAs, and folders of other types, are PEFT's own to read. The base was compared bit for bit after every reader; writes elsewhere,
-processes, pickles and sockets were watched for by the interpreter's audit events. No process grew by more than
-{grown:.0f} MB (a thousand adapters each); each had room for {ROOM >> 20}.
+not for this reader (LoRAs are PEFT's own to read, only runs have a run.json). The base was compared bit for bit after every
+reader; writes elsewhere, processes, pickles and sockets were watched for by the interpreter's audit events. No process grew by
+more than {grown:.0f} MB (a thousand adapters each); each had room for {ROOM >> 20}.
 """
     return "\n".join(
         [text, *table("| reader | taken | refused | wrong | passed |", rows), "", *(f"* {line}" for line in list(shown)[:50])]

@@ -20,7 +20,7 @@ for _name, _value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS
 
 import torch  # noqa: E402 - after the lines above
 
-KEPT = 1 << 20  # bytes of output
+KEPT = 1 << 24  # bytes of output
 
 
 @dataclass(frozen=True)

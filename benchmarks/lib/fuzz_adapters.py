@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from intaglio import Delta
+from intaglio import Batches, Delta, attach
 from intaglio.core.entries import Elements, Entries, Whole
 from intaglio.export.lora import to_lora
 from intaglio.hf import DeltaConfig
+from intaglio.methods import build
+from intaglio.runs.config import load_config
 from lib.random_adapters import changed, some
 
 Bases = Mapping[str, transformers.LlamaForCausalLM]
@@ -44,9 +47,47 @@ def adapters(models: Bases, place: Path) -> dict[str, tuple[str, dict[str, bytes
         stock = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
         peft.get_peft_model(copy.deepcopy(base), stock).save_pretrained(str(here / "lora"))
         to_lora(Delta.load(here / "columns"), base, here / "exported")
+        _run(base, here / "run")
         for folder in sorted(here.iterdir()):
-            found[f"{folder.name}, {dtype}"] = dtype, {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            found[f"{folder.name}, {dtype}"] = dtype, {str(path.relative_to(folder)): path.read_bytes() for path in files}
     return found
+
+
+def _run(base: transformers.LlamaForCausalLM, folder: Path) -> None:
+    """The folder of a finished run, with the records of a method that unmasks and of one whose layers train in turn."""
+    folder.mkdir()
+    of = {"name": "id3", "budget": 20, "steps": 3}
+    tuner = attach(copy.deepcopy(base), build({"name": "ist", "layers": 1, "interval": 1, "of": of}), probe=Batches([_batch(9)]))
+    records = [regime.recorder() for regime in tuner.regimes]
+    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
+    for number in range(3):
+        tuner.model(**_batch(number)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for record in records:
+        if record is not None:
+            record.save(folder)
+    tuner.save(folder / "adapter")
+    blocks = {
+        "model": {"name": "base"},
+        "method": of,
+        "data": {"train": "rows.jsonl"},
+        "train": {"max_steps": 3, "output_dir": "run"},
+    }
+    config = load_config(blocks).model_dump(mode="json")
+    result = {
+        "output": "run",
+        "config": config,
+        "trainable": {"entries": 20, "of": 5456},
+        "training": {"steps": 3, "history": []},
+    }
+    (folder / "run.json").write_text(json.dumps(result))
+
+
+def _batch(seed: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
 
 
 def _places() -> dict[str, list[tuple[str, Entries]]]:

@@ -21,6 +21,8 @@ from intaglio import AdapterPool, Delta
 from intaglio.doctor.examine import examine
 from intaglio.export.forms import Options
 from intaglio.export.from_lora import prepare, read_lora, to_delta
+from intaglio.runs.config import load_config
+from intaglio.runs.folder import read_run
 from intaglio.runs.inspect import inspect
 from intaglio.runtime.changes import Change
 from intaglio.runtime.store import AdapterStore
@@ -121,6 +123,14 @@ def look(bench: Bench, folder: Path) -> bool:
     return True
 
 
+def run_file(bench: Bench, folder: Path) -> bool:
+    """The settings in `run.json`, which `verify`, `evaluate` and `export` begin with."""
+    if not (folder / "run.json").exists():
+        return False
+    load_config(read_run(folder)["config"], build=False)
+    return True
+
+
 def doctor(bench: Bench, folder: Path) -> bool:
     """`intaglio doctor`, for every engine."""
     examine([f"a={folder}"])
@@ -176,6 +186,7 @@ READERS: dict[str, Callable[[Bench, Path], bool]] = {
     "AdapterPool": pool,
     "AdapterStore": store,
     "inspect": look,
+    "run.json": run_file,
     "doctor": doctor,
     "export --to delta": from_lora,
     "PeftModel.from_pretrained": peft,

@@ -45,11 +45,12 @@ def mutate(folder: Folder, draw: random.Random) -> list[str]:
 
 def _seal(folder: Folder) -> list[str]:
     """Name the right hash, as whoever made the damage on purpose would."""
-    config, weights = folder.get(CONFIG), folder.get(WEIGHTS)
+    place = next((name.removesuffix(CONFIG) for name in folder if name.endswith(CONFIG)), "")
+    config, weights = folder.get(place + CONFIG), folder.get(place + WEIGHTS)
     if not isinstance(config, bytes) or not isinstance(weights, bytes):
         return []
     digest = hashlib.sha256(weights).hexdigest().encode()
-    folder[CONFIG] = re.sub(rb'"sha256":\s*"[0-9a-f]{64}"', b'"sha256": "' + digest + b'"', config)
+    folder[place + CONFIG] = re.sub(rb'"sha256":\s*"[0-9a-f]{64}"', b'"sha256": "' + digest + b'"', config)
     return ["sealed"]
 
 
@@ -58,6 +59,7 @@ def write(folder: Folder, place: Path) -> None:
     place.mkdir()
     for name, content in folder.items():
         path = place / name
+        path.parent.mkdir(exist_ok=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
         elif content is Node.FOLDER:
@@ -65,7 +67,7 @@ def write(folder: Folder, place: Path) -> None:
         elif content is Node.PIPE:
             os.mkfifo(path)
         else:
-            path.symlink_to({Node.DANGLING: "nowhere", Node.LOOP: name, Node.DEVICE: "/dev/zero"}[content])
+            path.symlink_to({Node.DANGLING: "nowhere", Node.LOOP: path.name, Node.DEVICE: "/dev/zero"}[content])
 
 
 def _file(folder: Folder, name: str, draw: random.Random) -> str:

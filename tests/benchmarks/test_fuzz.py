@@ -18,6 +18,9 @@ def fuzzer(tmp_path_factory):
 
 def test_adapters_as_they_are_are_taken(fuzzer):
     for name, taken in fuzzer.undamaged().items():
+        if name.startswith("run"):
+            assert taken == ["inspect", "run.json", "doctor"]
+            continue
         ours = ["Delta.load, apply_, revert_", "AdapterPool", "inspect", "PeftModel.from_pretrained"]
         expected = ["export --to delta"] if "exported" in name else [] if "lora" in name else ours
         assert set(expected) <= set(taken), name

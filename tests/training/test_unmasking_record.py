@@ -105,6 +105,15 @@ def test_inspect_shows_a_run(tmp_path):
     assert {"self_attn.q_proj", "model.embed_tokens.weight"} & shown["kinds"].keys()
     assert not any(".0." in kind or ".1." in kind for kind in shown["kinds"])
     assert (tmp_path / "unmasking.png").read_bytes().startswith(b"\x89PNG")
+    record, name = json.loads((tmp_path / FILE).read_text()), "model.embed_tokens.weight"
+    for damage in (
+        {"updates": "x"}, {"budget": True}, {"touched": 10**400}, {"at": 3}, {"at": record["at"][::-1]}, {"chosen": [1]},
+        {"chosen": {**record["chosen"], name: ["x"] * 7}}, {"chosen": {**record["chosen"], name: [1]}}, {"shapes": {}},
+        {"shapes": {**record["shapes"], name: 5}}, {"overlap": {"x": 1}}, {"overlap": None},
+    ):  # fmt: skip
+        (tmp_path / FILE).write_text(json.dumps(record | damage))
+        with pytest.raises(ValueError, match=r"unmasking\.json: damaged"):
+            inspect(tmp_path)
     (tmp_path / FILE).write_text("{")
     with pytest.raises(ValueError, match=r"unmasking\.json: damaged"):
         inspect(tmp_path)

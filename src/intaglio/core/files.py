@@ -9,9 +9,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-__all__ = ["folder_beside", "publish", "read_mapping", "write_whole"]
+__all__ = ["are_numbers", "folder_beside", "is_number", "publish", "read_mapping", "write_whole"]
+
+_LARGEST = 1e300  # JSON has numbers of any length, of which not every one is a float
 
 
 @contextmanager
@@ -75,6 +77,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: damaged, not a mapping")
     return found
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def are_numbers(values: Any, count: int | None = None) -> TypeGuard[list[Any]]:
+    """Whether a value of a JSON file is a list of finite numbers, of that length where one is given."""
+    return isinstance(values, list) and (count is None or len(values) == count) and all(map(is_number, values))
 
 
 def _sync(path: Path) -> None:

@@ -88,7 +88,8 @@ def read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raise ValueError(f"{path}: holds no LoRA factors")
     for module, pair in factors.items():
         a_RI, b_OR = pair.get("A"), pair.get("B")
-        if a_RI is None or b_OR is None or a_RI.dim() != 2 or b_OR.dim() != 2 or not a_RI.shape[0] == b_OR.shape[1] > 0:
+        fit = a_RI is not None and b_OR is not None and a_RI.dim() == b_OR.dim() == 2 and a_RI.shape[0] == b_OR.shape[1]
+        if a_RI is None or b_OR is None or not fit or not a_RI.numel() or not b_OR.numel():
             shapes = {letter: list(tensor.shape) for letter, tensor in sorted(pair.items())}
             raise ValueError(f"{path}: {module}: LoRA factors A [r, in] and B [out, r] expected, found {shapes}")
     return {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
@@ -115,7 +116,8 @@ def _scale(name: str, value: object) -> list[str]:
 def _expression(key: str, pattern: str) -> list[str]:
     """Problems of a pattern, as it is matched with the ends of paths; one that repeats a group could take forever to match."""
     if len(pattern) > _LONGEST or len(re.findall(r"[*+{]", pattern)) > _REPEATS or re.search(r"\)\s*[*+{]", pattern):
-        return [f"{key}: {pattern!r:.80} repeats a group, or is too long, for a pattern of names of modules"]
+        advice = "give names of modules, without regular expressions that could take forever to match"
+        return [f"{key}: {pattern!r:.80} repeats a group, or is too long; {advice}"]
     try:
         re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.files import write_whole
 from ..model.peft_layers import model_size
 from . import folder
 
@@ -50,7 +51,7 @@ def report(output: Path, result: dict[str, Any]) -> None:
     from ..report.plots import plot_accuracy, plot_loss
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / folder.RESULT).write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    write_whole(output / folder.RESULT, (json.dumps(result, indent=1, default=str) + "\n").encode())
     plot_loss(result["training"]["history"], output / folder.LOSS)
     if result["after"] is not None:
         plot_accuracy(result["before"], result["after"], output / folder.ACCURACY)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
+from ..core.files import write_whole
 from .folder import ADAPTER, CHECK
 from .load import load, stored_config
 
@@ -49,7 +50,7 @@ def save_check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
     ids = [tokenizer(text)["input_ids"][-_TOKENS:] for text in texts]
     shortest = min(map(len, ids))
     input_ids = torch.tensor([row[-shortest:] for row in ids])
-    safetensors.torch.save_file({"input_ids": input_ids, "logits": _last_logits(model, input_ids)}, path)
+    write_whole(path, safetensors.torch.save({"input_ids": input_ids, "logits": _last_logits(model, input_ids)}))
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from ..adapter.names import PREFIX
-from ..core.files import read_mapping
+from ..core.files import are_numbers, is_number, read_mapping
 from ..model.peft_layers import is_peft
 
 if TYPE_CHECKING:
@@ -180,32 +179,24 @@ def _problem(record: Any) -> str | None:
     if not total or not all(isinstance(path, str) for path in record["layers"]):
         return "it names no layers"
     checks = {
-        "visits": _numbers(record["visits"], total),
-        "importance": record["importance"] is None or _numbers(record["importance"], total),
-        "learned": all(_is_moment(item) and _numbers(item[1], total) for item in record["learned"]),
+        "visits": are_numbers(record["visits"], total),
+        "importance": record["importance"] is None or are_numbers(record["importance"], total),
+        "learned": all(_is_moment(item) and are_numbers(item[1], total) for item in record["learned"]),
         "draws": all(_is_moment(item) and set(item[1]) <= set(range(total)) for item in record["draws"]),
         "trained": _is_trained(record["trained"], total),
     }
     return next((f"{key} does not fit its {total} layers" for key, fits in checks.items() if not fits), None)
 
 
-def _numbers(values: Any, count: int) -> bool:
-    return isinstance(values, list) and len(values) == count and all(map(_is_number, values))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_moment(item: Any) -> bool:
     """Whether it is [update, list of numbers]."""
     if not isinstance(item, list) or len(item) != 2 or not isinstance(item[1], list):
         return False
-    return _is_number(item[0]) and _numbers(item[1], len(item[1]))
+    return is_number(item[0]) and are_numbers(item[1])
 
 
 def _is_trained(trained: Any, total: int) -> bool:
     at, share = trained.get("at"), trained.get("share")
-    if not isinstance(at, list) or not isinstance(share, list) or not _numbers(at, len(share) + 1):
+    if not isinstance(at, list) or not isinstance(share, list) or not are_numbers(at, len(share) + 1):
         return False
-    return sorted(set(at)) == at and all(_numbers(row, total) for row in share)
+    return sorted(set(at)) == at and all(are_numbers(row, total) for row in share)

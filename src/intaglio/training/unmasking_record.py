@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core import scores
 from ..core.budget import TopK, top_k, without
 from ..core.entries import from_flat
-from ..core.files import read_mapping
+from ..core.files import are_numbers, read_mapping
 from ..core.selection import Selection
 from . import ranks
 from .best_of_all import best_of_all
@@ -132,6 +132,23 @@ def read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_mapping(path)
-    if not {"updates", "chosen", "at", "overlap", "touched"} <= record.keys():
-        raise ValueError(f"{path}: damaged, it lacks what a record of unmasking holds")
+    if problem := _problem(record):
+        raise ValueError(f"{path}: damaged, {problem}")
     return record
+
+
+def _problem(record: dict[str, Any]) -> str | None:
+    """The first fault of a record; None for a sound one."""
+    counts = [record.get(key) for key in ("updates", "budget", "trained", "touched", "writes")]
+    at, chosen, shapes, overlap = (record.get(key) for key in ("at", "chosen", "shapes", "overlap"))
+    if not are_numbers(counts) or min(counts) < 0:
+        return "its counts are no numbers, or missing"
+    if not (isinstance(chosen, dict) and isinstance(shapes, dict) and chosen.keys() == shapes.keys()):
+        return "chosen and shapes do not map the same parameters"
+    if not are_numbers(at) or sorted(set(at)) != at or (chosen and not (at and at[0] > 0 < record["budget"] * record["updates"])):
+        return "at is no list of its updates"
+    if not all(are_numbers(column, len(at)) for column in chosen.values()) or not all(map(are_numbers, shapes.values())):
+        return "chosen is not counted at each of its updates"
+    shared = list(overlap.values()) if isinstance(overlap, dict) else [None]
+    sound = all(isinstance(one, dict) and are_numbers([one.get("entries"), one.get("share")]) for one in shared)
+    return None if sound else "overlap holds no shares"
